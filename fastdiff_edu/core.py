@@ -1,4 +1,4 @@
-"""The few helpers that every other module uses: errors, broadcasting of time, seeded randomness, files that are never half written.
+"""What every other module uses: errors, broadcasting, seeded randomness, files that are never half written.
 
 Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/core.html.md"""
 
@@ -51,7 +51,8 @@ def bcast(
 ) -> float|Tensor:   # a float stays one; (B,) becomes (B, 1, ..., 1) with the dtype and device of `x`
     "Shape the coefficient `c` so that `c * x` scales each row of `x`."
     if not isinstance(c, Tensor) or c.ndim == 0: return c
-    require(c.shape == x.shape[:1], f"Got {tuple(c.shape)} times for a batch of shape {tuple(x.shape)}: give one time per row, or a float.")
+    require(c.shape == x.shape[:1],
+            f"Got {tuple(c.shape)} times for a batch of {tuple(x.shape)}: give one time per row, or a float.")
     return c.to(x).reshape(-1, *[1]*(x.ndim - 1))
 
 # %% ../nbs/reference/core.ipynb #33e83409
@@ -68,16 +69,18 @@ def same_shape(
     a:Tensor, b:Tensor,   # two tensors that have to match
     what:str="tensors",   # how the message calls them
 ):
-    "Raise `BadInput` unless `a` and `b` have the same shape: broadcasting by accident is how losses go quietly wrong."
-    require(a.shape == b.shape, f"The {what} have shapes {tuple(a.shape)} and {tuple(b.shape)}: they must be the same.")
+    "Raise `BadInput` unless the shapes agree: broadcasting by accident is how losses go quietly wrong."
+    require(a.shape == b.shape,
+            f"The {what} have shapes {tuple(a.shape)} and {tuple(b.shape)}: they must be the same.")
 
 # %% ../nbs/reference/core.ipynb #a45c83d4
 def fold_seed(
     seed:int,  # the run's seed
     *names,    # what the stream is for: strings and integers
 ) -> int:      # a 32-bit seed
-    "Mix `seed` and `names` into one seed: the same address, the same stream; another address, an unrelated one."
-    return int.from_bytes(hashlib.blake2b(repr((int(seed), *names)).encode(), digest_size=4).digest(), "big")
+    "Mix `seed` and `names` into one seed: one address, one stream; another address, an unrelated one."
+    address = repr((int(seed), *names)).encode()
+    return int.from_bytes(hashlib.blake2b(address, digest_size=4).digest(), "big")
 
 def seeded(
     seed:int, *names,                 # as in `fold_seed`
@@ -121,7 +124,8 @@ def writable_folder(
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_bytes(path/".probe", b"").unlink()
-    except OSError as e: raise BadInput(f"Cannot write to the folder '{path}' ({e.strerror}): choose another with --out.") from None
+    except OSError as e:
+        raise BadInput(f"Cannot write to '{path}' ({e.strerror}): choose another folder with --out.") from None
     return path
 
 # %% ../nbs/reference/core.ipynb #dbfcaafa

@@ -23,7 +23,7 @@ from .schedule import Schedule, check_times
 def kl_normal(
     mean_1:Tensor, var_1:float|Tensor,  # the distribution that the draws come from
     mean_2:Tensor, var_2:float|Tensor,  # the distribution that describes them
-) -> Tensor:                            # elementwise, in nats; sum over an example's elements for its divergence
+) -> Tensor:                            # elementwise, in nats; an example's divergence is their sum
     "KL(N(mean_1, var_1) || N(mean_2, var_2)) of one-dimensional Gaussians, Eq. 02.3."
     var_1, var_2 = (torch.as_tensor(v, dtype=mean_1.dtype, device=mean_1.device) for v in (var_1, var_2))
     return 0.5 * (torch.log(var_2 / var_1) + (var_1 + (mean_1 - mean_2)**2) / var_2 - 1)
@@ -67,7 +67,7 @@ def posterior(
 ) -> Normal:            # of x_u
     "q(x_u | x_t, x_0): the variance is Eq. 02.6, the mean Eq. 02.7 (Ho et al. 2020, Eq. 6 and 7)."
     same_shape(x0, xt, "x0 and xt")
-    if not isinstance(t, Tensor) and t == 0: raise BadInput("The posterior of t = 0 was asked for: there is no cleaner state.")
+    if not isinstance(t, Tensor) and t == 0: raise BadInput("A step from t = 0 was asked for: there is no cleaner state.")
     beta, var_t, var_u = schedule.beta(t, u), schedule.sigma(t)**2, schedule.sigma(u)**2
     c0, ct = schedule.alpha(u) * beta / var_t, (1 - beta)**0.5 * var_u / var_t
     return Normal(bcast(c0, xt) * x0 + bcast(ct, xt) * xt, bcast(beta * var_u / var_t, xt))
@@ -97,7 +97,7 @@ def step_kl(
     t:float, u:float, schedule:Schedule,
     variance:Callable=small_var,        # (t, u, schedule) -> the reverse model's variance
 ) -> Tensor:                            # (B,), nats per example
-    "KL between the true and the guessed posterior, one step's term of the bound, Eq. 02.9; Eq. 02.11 with the small variance."
+    "KL of the true from the guessed posterior: a step's term of Eq. 02.9; with the small variance, Eq. 02.11."
     true, guess = (posterior(x, xt, t, u, schedule) for x in (x0, x0_hat))
     return kl_normal(true.mean, true.var, guess.mean, variance(t, u, schedule)).flatten(1).sum(1)
 
@@ -115,7 +115,7 @@ def bin_nll(
     std = torch.as_tensor(var, dtype=mean.dtype, device=mean.device)**0.5
     up, down = (x + 1/255 - mean) / std, (x - 1/255 - mean) / std
     up, down = torch.where(x > 0.999, torch.inf, up), torch.where(x < -0.999, -torch.inf, down)
-    flip = (up + down) > 0                                 # far right of the mean, differences of Phi cancel: mirror them
+    flip = (up + down) > 0        # right of the mean both Phi are near 1 and their difference cancels: mirror them
     up, down = torch.where(flip, -down, up), torch.where(flip, -up, down)
     return -torch.log((torch.special.ndtr(up) - torch.special.ndtr(down)).clamp(min=1e-30))
 
@@ -135,17 +135,18 @@ def variational_bound(
     x0:Tensor,                              # clean data, (B, *D)
     grid:Tensor,                            # times from 1 down to 0, (n+1,)
     generator:torch.Generator|None=None,
-    variance:Callable=small_var,            # (t, u, schedule) -> the reverse model's variance, for every step but the last
+    variance:Callable=small_var,            # (t, u, schedule) -> the reverse model's variance, but for the last step
     decoder_var:float|None=None,            # the last step's; None: the variance of the step before
     nll:Callable=normal_nll,                # the decoder: `normal_nll`, or `bin_nll` for pixels
 ) -> Bound:
     "One Monte-Carlo draw per step of the bound on -log p(x_0), Eq. 02.8 and 02.9."
     s, times, steps = model.schedule, grid.tolist(), []
-    require(len(times) > 2 or decoder_var is not None, "A grid of one step has no step before the last: give decoder_var.")
+    require(len(times) > 2 or decoder_var is not None, "One step has no step before it: give decoder_var.")
     for t, u in zip(times, times[1:]):
         xt = q_sample(x0, t, randn_like(x0, generator), s)
         x0_hat = model(xt, t).x0
         if u > 0: steps.append(step_kl(x0, x0_hat, xt, t, u, s, variance))
     var = variance(times[-3], times[-2], s) if decoder_var is None else decoder_var
     decoder = nll(x0, x0_hat, var).flatten(1).sum(1)
-    return Bound(prior_kl(x0, s, times[0]), torch.stack(steps) if steps else x0.new_zeros(0, len(x0)), decoder)
+    terms = torch.stack(steps) if steps else x0.new_zeros(0, len(x0))
+    return Bound(prior_kl(x0, s, times[0]), terms, decoder)

@@ -1,4 +1,4 @@
-"""How fast an image drowns in noise is one curve, and everything else follows from it.
+"""How much noise there is at which time is one falling curve. Everything else is read off it.
 
 Docs: https://fastdiff-edu.github.io/fastdiff_edu/schedule.html.md"""
 
@@ -19,19 +19,24 @@ from torch import Tensor
 
 from .core import BadInput, require, require_one_of
 
-# %% ../nbs/01_schedule.ipynb #f0239556
-def _lib(t): return torch if isinstance(t, Tensor) else math   # both know exp, expm1, log1p, sqrt, tan, atan
+# %% ../nbs/01_schedule.ipynb #0ccfbe3a
+def _lib(t): return torch if isinstance(t, Tensor) else math   # both know exp, expm1, log1p, sqrt, sin, atan
+
+def _outside(v:float|Tensor, low:float, high:float) -> list:
+    "What of `v` is not in [low, high]; NaN is not. A tensor on a device passes unread: reading it would wait for the device."
+    if not isinstance(v, Tensor): return [] if low <= v <= high else [v]
+    return v[~((v >= low) & (v <= high))].tolist() if v.device.type == "cpu" else []
 
 def check_times(
     *times:float|Tensor,  # floats, or tensors of any shape
 ):
-    "Refuse a time outside [0, 1]. A tensor on a device passes unread, because reading it would wait for the device."
+    "Refuse times outside [0, 1], and tensors of integers."
     for t in times:
-        if not isinstance(t, Tensor): bad = [] if 0 <= t <= 1 else [t]
-        else: bad = t[~((t >= 0) & (t <= 1))].tolist() if t.device.type == "cpu" else []
-        if bad: raise BadInput(f"Time {bad[0]:g} is outside [0, 1]: t = 0 is data, t = 1 is noise.")
+        if isinstance(t, Tensor) and not t.is_floating_point():
+            raise BadInput(f"Got times of type {t.dtype}: times are floats, and step i of T is t = i / T.")
+        if bad := _outside(t, 0, 1): raise BadInput(f"Time {bad[0]:g} is outside [0, 1]: t = 0 is data, t = 1 is noise.")
 
-# %% ../nbs/01_schedule.ipynb #a697fa98
+# %% ../nbs/01_schedule.ipynb #f9ae6eff
 class Schedule:
     "A variance-preserving noise schedule on t in [0, 1]; everything follows from log alpha_bar(t)."
     def __init__(self,
@@ -51,7 +56,7 @@ class Schedule:
         check_times(t)
         return self._tensor(t) if isinstance(t, Tensor) else self._float(float(t))
 
-# %% ../nbs/01_schedule.ipynb #0ccfbe3a
+# %% ../nbs/01_schedule.ipynb #0961c790
 @patch
 def alpha_bar(self:Schedule, t):
     "The share of the variance that is still signal, alpha_bar(t)."
@@ -66,11 +71,11 @@ def alpha(self:Schedule, t):
 
 @patch
 def sigma(self:Schedule, t):
-    "What multiplies the noise: sigma = sqrt(1 - alpha_bar), Eq. 01.1."
+    "What multiplies the noise: sigma = sqrt(1 - alpha_bar), Eq. 01.1, computed as in Eq. 01.9."
     L = self.log_alpha_bar(t)
     return _lib(L).sqrt(-_lib(L).expm1(L))
 
-# %% ../nbs/01_schedule.ipynb #0961c790
+# %% ../nbs/01_schedule.ipynb #e5d50da6
 @patch
 def log_snr(self:Schedule, t):
     "The log signal-to-noise ratio log(alpha^2 / sigma^2), Eq. 01.2; inf at t = 0."
@@ -78,55 +83,47 @@ def log_snr(self:Schedule, t):
     if isinstance(L, Tensor): return L - torch.log(-torch.expm1(L))
     return L - math.log(-math.expm1(L)) if L < 0 else math.inf
 
-# %% ../nbs/01_schedule.ipynb #6ff0ed6e
 @patch
 def t_at(self:Schedule,
     log_snr:float|Tensor,  # at least log_snr(1)
 ) -> float|Tensor:
     "The time at which the log-SNR has this value: the inverse of `Schedule.log_snr`, Eq. 01.2."
-    low = self.log_snr(1.) - 1e-4   # float32 rounding of log_snr(1) itself is forgiven
-    on_host = not isinstance(log_snr, Tensor) or log_snr.device.type == "cpu"
-    if on_host and not (ok := torch.as_tensor(log_snr) >= low).all():
-        bad = torch.as_tensor(log_snr)[~ok].flatten()[0]
-        raise BadInput(f"log-SNR {bad:g} is below log_snr(1) = {low:g}, where {self} ends.")
-    if isinstance(log_snr, Tensor): return self._inverse(F.logsigmoid(log_snr)).clamp(0, 1)
-    L = min(log_snr, 0) - math.log1p(math.exp(-abs(log_snr)))   # log alpha_bar = log sigmoid(log_snr)
-    return min(max(self._inverse(L), 0.), 1.)
+    end = self.log_snr(1.)
+    if bad := _outside(log_snr, end - 1e-4, math.inf):          # float32 rounding of log_snr(1) itself is forgiven
+        raise BadInput(f"log-SNR {bad[0]:g} is below {end:.4g}, where {self} ends.")
+    if isinstance(log_snr, Tensor): return self._inverse(F.logsigmoid(log_snr)).clamp(max=1)
+    L = min(log_snr, 0) - math.log1p(math.exp(-abs(log_snr)))   # log alpha_bar = log(1 / (1 + e^-log_snr)), without overflow
+    return min(self._inverse(L), 1.)
 
-# %% ../nbs/01_schedule.ipynb #7b31dd51
+# %% ../nbs/01_schedule.ipynb #5a3cca4e
 @patch
 def beta(self:Schedule,
     t:float|Tensor,   # the noisier time
     u:float|Tensor,   # the cleaner time, u <= t
 ) -> float|Tensor:
-    "The variance of the noise added between two times, 1 - alpha_bar(t) / alpha_bar(u), Eq. 01.3."
-    L, L_u = self.log_alpha_bar(t), self.log_alpha_bar(u)
+    "The variance of the noise added between two times, 1 - alpha_bar(t) / alpha_bar(u), Eq. 01.3, computed as in Eq. 01.9."
+    d = self.log_alpha_bar(t) - self.log_alpha_bar(u)
     check_order(t, u)
-    return -_lib(d := L - L_u).expm1(d)
+    if isinstance(d, Tensor): d = d.clamp(max=0)   # a float32 t and a float u that are equal are rounded differently
+    return -_lib(d).expm1(d)
 
-# %% ../nbs/01_schedule.ipynb #a8858dae
 def check_order(
     t:float|Tensor,  # where we are
     u:float|Tensor,  # where we go
 ):
     "Refuse u > t: such a step would go up, towards noise. Tensors on a device pass unread."
-    for v in (t, u):
-        if isinstance(v, Tensor) and v.device.type != "cpu": return
-    if (torch.as_tensor(u) > torch.as_tensor(t)).any() if isinstance(t, Tensor) or isinstance(u, Tensor) else u > t:
-        raise BadInput(f"Asked to go from t = {_show(t)} up to u = {_show(u)}: this step only goes down, u <= t.")
+    if bad := _outside(u - t, -1, 0):
+        raise BadInput(f"Asked for a step that goes up by {bad[0]:g}, from t to u: this step only goes down, u <= t.")
 
-def _show(t): return f"{t:g}" if not isinstance(t, Tensor) or t.ndim == 0 else f"{t.flatten()[0]:g}, ..."
-
-# %% ../nbs/01_schedule.ipynb #327997be
+# %% ../nbs/01_schedule.ipynb #18467c0b
 def _from_betas(
     beta:Tensor,  # beta_1 .. beta_T, float64
     name:str,     # as for `Schedule`
 ) -> Schedule:
-    "The schedule of a table: alpha_bar is a product from s = 1, and its log is linear between the knots t = i/T."
-    knots = torch.cat([beta.new_zeros(1), torch.log1p(-beta).cumsum(0)])
-    host, T = knots.tolist(), len(beta)
-    falls = [-k for k in host]                                        # rising, for bisect
-    on = lru_cache(8)(lambda dtype, device: knots.to(device, dtype))   # one copy per place
+    "The schedule of a table, Eq. 01.4: log alpha_bar is a sum from s = 1 at t = i/T, and linear between these knots."
+    knots, T = torch.cat([beta.new_zeros(1), torch.log1p(-beta).cumsum(0)]), len(beta)
+    host, falls = knots.tolist(), (-knots).tolist()                          # -knots rise, as searches want it
+    on = lru_cache(8)(lambda dtype, device: knots.to(dtype).to(device))      # one copy per place, never float64 on a device
     def log_alpha_bar(t):
         is_tensor = isinstance(t, Tensor)
         k = on(t.dtype, t.device) if is_tensor else host
@@ -140,7 +137,7 @@ def _from_betas(
         return (i + (L - k[i]) / (k[i+1] - k[i])) / T
     return Schedule(log_alpha_bar, inverse, name)
 
-# %% ../nbs/01_schedule.ipynb #8b39183c
+# %% ../nbs/01_schedule.ipynb #809fb948
 @patch(cls_method=True)
 def linear(cls:Schedule,
     T:int=1000,          # steps of the table
@@ -148,12 +145,12 @@ def linear(cls:Schedule,
     beta_T:float=0.02,   # variance of the last one
 ) -> Schedule:
     "DDPM's table: beta_1 to beta_T in equal steps (Ho et al. 2020, section 4), Eq. 01.4."
-    require(T >= 1 and 0 < beta_1 <= beta_T < 1,
+    require(isinstance(T, int) and T >= 1 and 0 < beta_1 <= beta_T < 1,
             f"Got T = {T}, beta from {beta_1} to {beta_T}: want T >= 1 and 0 < beta_1 <= beta_T < 1.")
     return _from_betas(torch.linspace(beta_1, beta_T, T, dtype=torch.float64),
                        f"Schedule.linear({T}, {beta_1}, {beta_T})")
 
-# %% ../nbs/01_schedule.ipynb #8e0af996
+# %% ../nbs/01_schedule.ipynb #fbe0395d
 @patch(cls_method=True)
 def cosine_iddpm(cls:Schedule,
     T:int=1000,             # steps of the table
@@ -161,41 +158,48 @@ def cosine_iddpm(cls:Schedule,
     max_beta:float=0.999,   # no single step may destroy more than this
 ) -> Schedule:
     "IDDPM's cosine table (Nichol and Dhariwal 2021, Eq. 17), Eq. 01.5."
-    require(T >= 1 and s > 0 and 0 < max_beta < 1,
-            f"Got T = {T}, s = {s}, max_beta = {max_beta}: want T >= 1, s > 0, 0 < max_beta < 1.")
+    require(isinstance(T, int) and T >= 1 and s >= 0 and 0 < max_beta < 1,
+            f"Got T = {T}, s = {s}, max_beta = {max_beta}: want T >= 1, s >= 0, 0 < max_beta < 1.")
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2)**2
     return _from_betas((1 - f[1:] / f[:-1]).clamp(max=max_beta),
                        f"Schedule.cosine_iddpm({T}, {s}, {max_beta})")
 
-# %% ../nbs/01_schedule.ipynb #18467c0b
+# %% ../nbs/01_schedule.ipynb #634b8fe6
 @patch(cls_method=True)
 def cosine(cls:Schedule) -> Schedule:
     "alpha = cos(a t) with a = arctan(e^10), so log_snr(1) = -20 (Salimans and Ho 2022, section 2), Eq. 01.6."
-    a = math.atan(math.exp(10))
-    def log_alpha_bar(t): return -_lib(t).log1p(_lib(t).tan(a * t)**2)              # cos^2 = 1 / (1 + tan^2)
+    a, b = math.atan(math.exp(10)), math.atan(math.exp(-10))   # a + b = pi / 2
+    def log_alpha_bar(t):
+        lib = _lib(t)
+        return -lib.log1p((lib.sin(a * t) / lib.sin(b + a * (1 - t)))**2)
     def inverse(L): return _lib(L).atan(_lib(L).sqrt(_lib(L).expm1(-L))) / a
     return Schedule(log_alpha_bar, inverse, "Schedule.cosine()")
 
-# %% ../nbs/01_schedule.ipynb #98a9fb32
+# %% ../nbs/01_schedule.ipynb #64abae10
 @patch(cls_method=True)
 def vp(cls:Schedule,
-    beta_min:float=0.1,   # rate of noising at time 0
-    beta_max:float=20.0,  # rate of noising at time 1
-    t_min:float=0.0,      # where on the SDE's clock t = 0 lies; 1e-3 in DDGAN
+    beta_min:float=0.1,   # rate of noising at the clock's 0
+    beta_max:float=20.0,  # rate of noising at the clock's 1
+    t_min:float=0.0,      # where on the clock t = 0 lies; 1e-3 in DDGAN
 ) -> Schedule:
     "The variance-preserving SDE's schedule (Song et al. 2021, Eq. 33; with t_min, Xiao et al. 2022), Eq. 01.7."
-    require(0 < beta_min <= beta_max and 0 <= t_min < 1,
+    require(0 < beta_min <= beta_max < math.inf and 0 <= t_min < 1,
             f"Got beta {beta_min} to {beta_max}, t_min {t_min}: want 0 < beta_min <= beta_max, 0 <= t_min < 1.")
-    rise = beta_max - beta_min
-    def B(tau): return -(rise / 2 * tau + beta_min) * tau
-    B_0 = B(t_min)
-    def log_alpha_bar(t): return (B(t_min + (1 - t_min) * t) - B_0) if t_min else B(t)
-    def inverse(L):   # the positive root of rise/2 tau^2 + beta_min tau = c, in the form that does not cancel
-        c = -(L + B_0)
-        return (2 * c / (beta_min + _lib(L).sqrt(beta_min**2 + 2 * rise * c)) - t_min) / (1 - t_min)
+    c, rise = 1 - t_min, beta_max - beta_min
+    b, g = c * (beta_min + t_min * rise), c**2 * rise
+    def log_alpha_bar(t): return -(b + g / 2 * t) * t
+    def inverse(L): return -2 * L / (b + _lib(L).sqrt(b**2 - 2 * g * L))
     return Schedule(log_alpha_bar, inverse, f"Schedule.vp({beta_min}, {beta_max}, {t_min})")
 
-# %% ../nbs/01_schedule.ipynb #40f49017
+# %% ../nbs/01_schedule.ipynb #7e2f6b6d
+def _rulers(s:Schedule) -> dict:
+    "Name of a spacing -> what moves in equal steps, from t and back to t, Eq. 01.8."
+    return dict(
+        uniform=(lambda t: t, lambda f: f),
+        quadratic=(lambda t: t**0.5, lambda f: f**2),
+        log_snr=(s.log_snr, s.t_at),
+        edm=(lambda t: math.exp(-s.log_snr(t) / 14), lambda f: s.t_at(-14 * torch.log(f))))   # (sigma / alpha)^(1/7)
+
 @patch
 def grid(self:Schedule,
     n:int,                     # steps, at least 1
@@ -206,26 +210,12 @@ def grid(self:Schedule,
 ) -> Tensor:                   # (n+1,) falling times, float64, on the host
     "The times of a sampler with `n` steps, both ends included, Eq. 01.8."
     require(isinstance(n, int) and n >= 1, f"Asked for a grid of {n} steps: want a whole number, at least 1.")
-    require_one_of(spacing, _SPACINGS, "spacing")
+    ruler, back = _rulers(self)[require_one_of(spacing, _rulers(self), "spacing")]
     check_times(start, end)
     require(end < start, f"Asked for a grid from {start} to {end}: it has to fall, end < start.")
-    jump = spacing in ("log_snr", "edm") and end < t_min   # such spacings cannot reach t = 0 themselves
+    jump = spacing in ("log_snr", "edm") and end < t_min   # these rulers cannot reach t = 0
     low, m = (t_min, n - 1) if jump else (end, n)
-    require(low < start, f"Asked for a '{spacing}' grid from {start}, not above t_min = {t_min}: lower t_min.")
-    r = torch.arange(m + 1, dtype=torch.float64) / max(m, 1)
-    times = _SPACINGS[spacing](self, r, float(start), float(low))
-    times[0] = start
-    return torch.cat([times if jump else times[:-1], times.new_tensor([end])])
-
-# %% ../nbs/01_schedule.ipynb #c294e70c
-def _uniform(s, r, start, end): return start + r * (end - start)
-
-def _quadratic(s, r, start, end): return (start**0.5 + r * (end**0.5 - start**0.5))**2
-
-def _log_snr(s, r, start, end): return s.t_at(s.log_snr(start) + r * (s.log_snr(end) - s.log_snr(start)))
-
-def _edm(s, r, start, end, rho=7):   # noise over signal, sigma / alpha = exp(-log_snr / 2), in equal steps of its rho-th root
-    hi, lo = (math.exp(-s.log_snr(t) / 2 / rho) for t in (start, end))
-    return s.t_at(-2 * rho * torch.log(hi + r * (lo - hi)))
-
-_SPACINGS = dict(uniform=_uniform, quadratic=_quadratic, log_snr=_log_snr, edm=_edm)
+    require(low < start and t_min > 0, f"Got t_min = {t_min} for a grid from {start}: want 0 < t_min < start.")
+    first, last = ruler(start), ruler(low)
+    times = back(first + torch.arange(m + 1, dtype=torch.float64) / max(m, 1) * (last - first))
+    return torch.cat([times.new_tensor([start]), times[1:] if jump else times[1:-1], times.new_tensor([end])])
