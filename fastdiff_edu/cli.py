@@ -10,7 +10,7 @@ __all__ = ['COMMANDS', 'HELP', 'run_race', 'run_bench', 'parse', 'one_sentence',
 # %% ../nbs/reference/cli.ipynb #9051df45
 import contextlib, io, os, re, sys, traceback
 from dataclasses import fields
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 
 import tyro
 
@@ -51,8 +51,9 @@ def one_sentence(
     args:list[str],   # what it was given
 ) -> str:
     "The first statement in tyro's box, with the nearest command or flag."
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    first = " ".join(takewhile(lambda line: not line.startswith("──"), lines)).rstrip(".")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)                          # without colours
+    lines = [line.strip("│╭╮╰╯─- ") for line in plain.splitlines()][1:]   # without the frame and its title
+    first = " ".join(takewhile(bool, dropwhile(lambda line: not line, lines))).rstrip(".")
     command = args[0] if args[0] in COMMANDS else None
     wrong = re.search(r"Unrecognized options: (\S+)", first)
     if not wrong: return f"{first}: see fastdiff {command + ' ' if command else ''}--help."

@@ -1,4 +1,4 @@
-"""Guess the noise, the picture, or something between: it is one guess seen four ways.
+"""Guess the noise, the picture, something between, or the next step: each guess contains the others. What differs is the price of an error.
 
 Docs: https://fastdiff-edu.github.io/fastdiff_edu/denoiser.html.md"""
 
@@ -6,7 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/denoiser.html.md"""
 
 # %% auto #0
 __all__ = ['Prediction', 'from_eps', 'from_x0', 'from_v', 'from_both', 'Denoiser', 'Clipped', 'Counted', 'Errors',
-           'denoising_errors', 'denoising_loss', 'draw_times', 'drop_labels', 'diffusion_loss']
+           'denoising_errors', 'denoising_loss', 'from_mu', 'bound_weight', 'draw_times', 'drop_labels',
+           'diffusion_loss']
 
 # %% ../nbs/04_denoiser.ipynb #bc6c759e
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .core import batch_t, bcast, randn_like, require, require_one_of, same_shape
-from .forward import q_sample
+from .forward import q_sample, small_var
 from .schedule import Schedule
 
 # %% ../nbs/04_denoiser.ipynb #522c9971
@@ -29,15 +30,18 @@ class Prediction(NamedTuple):
 # %% ../nbs/04_denoiser.ipynb #40974b69
 def from_eps(xt:Tensor, eps:Tensor, t:float|Tensor, schedule:Schedule) -> Prediction:
     "From a guess of the noise: x0 = (x_t - sigma eps) / alpha, Eq. 04.1."
-    return Prediction((xt - bcast(schedule.sigma(t), xt) * eps) / bcast(schedule.alpha(t), xt), eps)
+    alpha, sigma = bcast(schedule.alpha(t), xt), bcast(schedule.sigma(t), xt)
+    return Prediction((xt - sigma * eps) / alpha, eps)
 
 # %% ../nbs/04_denoiser.ipynb #25593011
 def from_x0(xt:Tensor, x0:Tensor, t:float|Tensor, schedule:Schedule) -> Prediction:
     "From a guess of the data: eps = (x_t - alpha x0) / sigma, Eq. 04.2. Where sigma = 0, x0 is x_t and eps is 0."
     alpha, sigma = bcast(schedule.alpha(t), xt), bcast(schedule.sigma(t), xt)
-    if not isinstance(sigma, Tensor): return Prediction(x0, (xt - alpha * x0) / sigma) if sigma else Prediction(xt, 0 * xt)
+    if not isinstance(sigma, Tensor):
+        return Prediction(x0, (xt - alpha * x0) / sigma) if sigma > 0 else Prediction(xt, 0 * xt)
     clean = sigma == 0
-    return Prediction(torch.where(clean, xt, x0), torch.where(clean, 0., (xt - alpha * x0) / torch.where(clean, 1., sigma)))
+    eps = (xt - alpha * x0) / torch.where(clean, 1., sigma)      # no division by 0, not even for the gradient
+    return Prediction(torch.where(clean, xt, x0), torch.where(clean, 0., eps))
 
 # %% ../nbs/04_denoiser.ipynb #6627d5ef
 def from_v(xt:Tensor, v:Tensor, t:float|Tensor, schedule:Schedule) -> Prediction:
@@ -54,29 +58,29 @@ def from_both(xt:Tensor, both:Tensor, t:float|Tensor, schedule:Schedule) -> Pred
 
 _KINDS = dict(eps=from_eps, x0=from_x0, v=from_v, both=from_both)
 
-# %% ../nbs/04_denoiser.ipynb #557d063a
+# %% ../nbs/04_denoiser.ipynb #9da8e1df
 class Denoiser:
     "A network and what it was trained to say, as a model: `model(x, t, **cond) -> Prediction`."
     def __init__(self,
         net:Callable,             # net(x, t, **cond) with t of shape (B,)
         schedule:Schedule,
         kind:str="eps",           # what the network says: "eps" | "x0" | "v" | "both"
-        learned_var:bool=False,   # does it say the variance's place between small and large as well, in as many more channels?
+        learned_var:bool=False,   # does it say the variances as well, in as many more channels?
     ):
         require_one_of(kind, _KINDS, "kind of prediction")
         self.net, self.schedule, self.kind, self.learned_var = net, schedule, kind, learned_var
 
     def __call__(self, x:Tensor, t:float|Tensor, **cond) -> Prediction:
-        out, frac = self.net(x, batch_t(t, x), **cond), None
-        if self.learned_var:
-            out, frac = out[:, :-x.shape[1]], (out[:, -x.shape[1]:] + 1) / 2
-        same_shape(out[:, :x.shape[1]], x, f"network's output for '{self.kind}' and its input")
+        out, C, frac = self.net(x, batch_t(t, x), **cond), x.shape[1], None
+        want = (len(x), C * (1 + (self.kind == "both") + self.learned_var), *x.shape[2:])
+        require(out.shape == want, f"The network says {tuple(out.shape)}, but as '{self.kind}' it has to say {want}.")
+        if self.learned_var: out, frac = out[:, :-C], (out[:, -C:] + 1) / 2
         return _KINDS[self.kind](x, out, t, self.schedule)._replace(var_frac=frac)
 
-# %% ../nbs/04_denoiser.ipynb #3fbf8f27
+# %% ../nbs/04_denoiser.ipynb #ef92c170
 class Clipped:
     "A model whose x0 is kept inside [-1, 1], with eps made to agree again, Eq. 04.2."
-    def __init__(self, model): self.model, self.schedule = model, model.schedule
+    def __init__(self, model:Callable): self.model, self.schedule = model, model.schedule
 
     def __call__(self, x:Tensor, t:float|Tensor, **cond) -> Prediction:
         pred = self.model(x, t, **cond)
@@ -84,13 +88,13 @@ class Clipped:
 
 class Counted:
     "A model that counts its evaluations in `nfe`."
-    def __init__(self, model): self.model, self.schedule, self.nfe = model, model.schedule, 0
+    def __init__(self, model:Callable): self.model, self.schedule, self.nfe = model, model.schedule, 0
 
     def __call__(self, x:Tensor, t:float|Tensor, **cond) -> Prediction:
         self.nfe += 1
         return self.model(x, t, **cond)
 
-# %% ../nbs/04_denoiser.ipynb #72472386
+# %% ../nbs/04_denoiser.ipynb #d72271f6
 class Errors(NamedTuple):
     "Mean squared errors of a prediction, one per example."
     x0: Tensor    # (B,)
@@ -105,7 +109,7 @@ def denoising_errors(
 ) -> Errors:
     "How far a model's guesses are off, in x0 and in eps; at log-SNR l the second is e^l times the first, Eq. 04.5."
     pred = model(q_sample(x0, t, noise, model.schedule), t, **cond)
-    same_shape(pred.x0, x0, "prediction and data"); same_shape(pred.eps, noise, "prediction and noise")
+    same_shape(pred.x0, x0, "prediction and data")
     return Errors((pred.x0 - x0).square().flatten(1).mean(1), (pred.eps - noise).square().flatten(1).mean(1))
 
 # %% ../nbs/04_denoiser.ipynb #67a3f8ee
@@ -121,7 +125,25 @@ def denoising_loss(
     require_one_of(weight, _WEIGHTS, "weight")
     return _WEIGHTS[weight](denoising_errors(model, x0, t, noise, **cond)).mean()
 
-# %% ../nbs/04_denoiser.ipynb #4c30ddc0
+# %% ../nbs/04_denoiser.ipynb #ea106315
+def from_mu(xt:Tensor, mu:Tensor, t:float|Tensor, u:float|Tensor, schedule:Schedule) -> Prediction:
+    "From a guess of the posterior's mean at u < t: Eq. 02.7 solved for x0, Eq. 04.7."
+    beta, sigma_t, sigma_u = schedule.beta(t, u), schedule.sigma(t), schedule.sigma(u)
+    require(isinstance(beta, Tensor) or beta > 0, f"Got u = t = {t}: a step of no length says nothing of x0.")
+    c_mu, c_xt = sigma_t**2 / (schedule.alpha(u) * beta), (1 - beta)**0.5 * sigma_u**2 / (schedule.alpha(u) * beta)
+    return from_x0(xt, bcast(c_mu, xt) * mu - bcast(c_xt, xt) * xt, t, schedule)
+
+# %% ../nbs/04_denoiser.ipynb #1e9a2ba3
+def bound_weight(
+    t:float|Tensor, u:float|Tensor, schedule:Schedule,   # a step from t down to u > 0
+    variance:Callable=small_var,                         # (t, u, schedule) -> the reverse step's variance
+) -> float|Tensor:                                       # on the error in eps, summed over an example's elements
+    "What one step's term of the variational bound weighs, Eq. 04.8 (Ho et al. 2020, Eq. 12)."
+    beta, var = schedule.beta(t, u), variance(t, u, schedule)
+    require(isinstance(var, Tensor) or var > 0, f"The step to u = {u} has variance 0: there the bound has its decoder.")
+    return beta**2 / (2 * var * (1 - beta) * schedule.sigma(t)**2)
+
+# %% ../nbs/04_denoiser.ipynb #e38df4ca
 def draw_times(
     x0:Tensor,                              # a batch: gives number and device
     generator:torch.Generator|None=None,
@@ -136,7 +158,7 @@ def drop_labels(
     share:float,                            # of the rows that lose their label
     generator:torch.Generator|None=None,
 ) -> Tensor:
-    "Set a random share of labels to -1, so that one network learns with and without (Ho and Salimans 2022, Algorithm 1)."
+    "Set a random share of labels to -1, so that one network learns with and without (Ho and Salimans 2022)."
     return y.masked_fill(torch.rand(len(y), generator=generator, device=y.device) < share, -1) if share else y
 
 # %% ../nbs/04_denoiser.ipynb #34cea817

@@ -6,7 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/metrics.html.md"""
 
 # %% auto #0
 __all__ = ['frechet_distance', 'frechet_from_features', 'energy_distance', 'ModeCoverage', 'mode_coverage', 'PrecisionRecall',
-           'precision_recall', 'DigitNet', 'shake', 'classifier_loss', 'features', 'predicted', 'digit_classifier']
+           'precision_recall', 'DigitNet', 'warp', 'shake', 'classifier_loss', 'features', 'predicted',
+           'digit_classifier']
 
 # %% ../nbs/reference/metrics.ipynb #7e28f1fb
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from .data import GaussianMixture, digits, to_uint8, to_unit
 from .train import TrainConfig, fit
 
 # %% ../nbs/reference/metrics.ipynb #9a1f1e58
+def _host(v:Tensor) -> Tensor: return v.detach().cpu().double()
+
 def _root(cov:Tensor) -> Tensor:
     "The symmetric square root of a covariance."
     e, v = torch.linalg.eigh(cov)
@@ -31,16 +34,15 @@ def _root(cov:Tensor) -> Tensor:
 def frechet_distance(
     mu1:Tensor, cov1:Tensor,  # mean (D,) and covariance (D, D) of one cloud
     mu2:Tensor, cov2:Tensor,  # and of the other
-) -> float:                   # computed in float64
+) -> float:                   # computed on the host in float64
     """Squared 2-Wasserstein distance of two normals, |mu1 - mu2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)).
 
-    Source: Dowson and Landau 1982; on Inception features it is the FID of Heusel et al. 2017. Unit: that of the features, squared.
-    It sees means and covariances only: clouds that share both are at distance 0, however different they look."""
-    mu1, cov1, mu2, cov2 = (v.double() for v in (mu1, cov1, mu2, cov2))
-    D = len(mu1)
-    require(mu1.shape == mu2.shape == (D,) and cov1.shape == cov2.shape == (D, D),
-            f"Got means {tuple(mu1.shape)}, {tuple(mu2.shape)} and covariances {tuple(cov1.shape)}, {tuple(cov2.shape)}: give (D,) and (D, D).")
-    require(all(bool(v.isfinite().all()) for v in (mu1, cov1, mu2, cov2)), "Got a mean or covariance that is not finite.")
+    Source: Dowson and Landau 1982; on Inception features it is the FID of Heusel et al. 2017.
+    Unit: that of the features, squared. Blind to everything but means and covariances."""
+    mu1, cov1, mu2, cov2 = given = [_host(v) for v in (mu1, cov1, mu2, cov2)]
+    D, shapes = len(mu1), [tuple(v.shape) for v in given]
+    require(shapes == [(D,), (D, D)]*2, f"Got moments of shapes {shapes}: give (D,) and (D, D) twice.")
+    require(all(bool(v.isfinite().all()) for v in given), "Got a mean or covariance that is not finite.")
     cross = torch.linalg.svdvals(_root(cov1) @ _root(cov2)).sum()
     d2 = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2*cross
     return max(0., d2.item())   # equal clouds come out as -1e-13
@@ -48,24 +50,33 @@ def frechet_distance(
 # %% ../nbs/reference/metrics.ipynb #b82ded42
 def _cloud(a:Tensor, least:int=2) -> Tensor:
     "Features or samples as (N, D), finite and enough of them."
-    require(a.ndim == 2 and len(a) >= least, f"Got samples of shape {tuple(a.shape)}: give (N, D) with N at least {least}.")
-    require(bool(a.isfinite().all()), "Got samples that are not finite: look for where their sampler diverged.")
+    require(a.ndim == 2 and len(a) >= least, f"Got points {tuple(a.shape)}: give (N, D), N at least {least}.")
+    require(bool(a.isfinite().all()), "Got points with values that are not finite: their sampler diverged.")
     return a
+
+def _moments(a:Tensor) -> tuple[Tensor, Tensor]:
+    "Mean (D,) and covariance (D, D), with N - 1."
+    a = _host(_cloud(a))
+    return a.mean(0), torch.atleast_2d(a.T.cov())
 
 def frechet_from_features(
     a:Tensor,  # features of one set of images, (N, D)
     b:Tensor,  # and of the other, (M, D)
 ) -> float:
-    """`frechet_distance` of the clouds' means and covariances (with N - 1).
+    """`frechet_distance` of the clouds' means and covariances.
 
-    Unit: that of the features, squared. Biased: sampling error alone makes it positive, about in proportion to 1/N + 1/M, so compare at equal N and M."""
-    a, b = _cloud(a).double(), _cloud(b).double()
-    return frechet_distance(a.mean(0), a.T.cov().reshape(len(a.T), -1), b.mean(0), b.T.cov().reshape(len(b.T), -1))
+    Unit: that of the features, squared. Biased: sampling error alone makes it positive, about in proportion
+    to 1/N + 1/M, so compare at equal N and M only."""
+    return frechet_distance(*_moments(a), *_moments(b))
 
 # %% ../nbs/reference/metrics.ipynb #513b2175
 def _distances(a:Tensor, b:Tensor, chunk:int=1024) -> Iterator[Tensor]:
-    "Euclidean distances of all pairs, a few rows at a time: (chunk, M) each. Differences are formed first, so equal points are at 0."
+    "Euclidean distances of all pairs, (chunk, M) at a time, from differences: equal points are at exactly 0."
     for rows in a.split(chunk): yield torch.cdist(rows, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+def _total(a:Tensor, b:Tensor) -> float:
+    "The sum of all distances between points of `a` and `b`."
+    return sum(_host(d.sum(1)).sum().item() for d in _distances(a, b))
 
 def energy_distance(
     a:Tensor,  # samples, (N, D)
@@ -73,12 +84,11 @@ def energy_distance(
 ) -> float:
     """2 E|x - y| - E|x - x'| - E|y - y'| with Euclidean norms, as a U-statistic.
 
-    Source: Szekely and Rizzo 2013. Unit: that of the samples. Unbiased for every N and M, hence sometimes below 0; 0 in the limit only for equal distributions."""
-    a, b = _cloud(a), _cloud(b)
-    require(a.shape[1] == b.shape[1], f"Got samples in {a.shape[1]} and {b.shape[1]} dimensions: they must be the same.")
-    total = lambda x, y: sum(d.double().sum().item() for d in _distances(x, y))
-    n, m = len(a), len(b)
-    return 2*total(a, b)/(n*m) - total(a, a)/(n*(n - 1)) - total(b, b)/(m*(m - 1))
+    Source: Szekely and Rizzo 2013. Unit: that of the samples. Unbiased for every N and M, hence sometimes
+    below 0; in the limit 0 for equal distributions only."""
+    (n, D), (m, E) = _cloud(a).shape, _cloud(b).shape
+    require(D == E, f"Got points in {D} and {E} dimensions: give the same.")
+    return 2*_total(a, b)/(n*m) - _total(a, a)/(n*(n - 1)) - _total(b, b)/(m*(m - 1))
 
 # %% ../nbs/reference/metrics.ipynb #42f49f42
 class ModeCoverage(NamedTuple):
@@ -92,16 +102,16 @@ def mode_coverage(
     mixture:GaussianMixture,  # whose modes are counted
     within:float=4.0,         # standard deviations, of the mode, that make a sample one of high quality
 ) -> ModeCoverage:
-    """Modes that have a sample within `within` standard deviations, and the share of samples that lie so near to one.
+    """Modes with a sample within `within` standard deviations, and the share of samples that near to one.
 
-    Source: Srivastava et al. 2017 (VEEGAN), there with 3. Unit: counts and a share. `covered` grows with N: a rare mode needs about 1 / weight samples; `share` is unbiased.
-    It sees neither the weights of the modes nor their shapes."""
-    x, (_, D) = _cloud(samples, 1), mixture.means.shape
-    require(x.shape[1] == D, f"Got samples in {x.shape[1]} dimensions for a mixture in {D}.")
-    scaled = torch.cdist(x.double(), mixture.means.to(x.device, torch.float64), compute_mode="donot_use_mm_for_euclid_dist")
-    distance, mode = (scaled / mixture.std.to(x.device)).min(1)
+    Source: Srivastava et al. 2017 (VEEGAN), there with 3. Unit: a count and a share. `covered` grows with N,
+    a mode needs about 1 / weight samples; `share` is unbiased. Blind to the modes' weights and shapes."""
+    x, (n_modes, D) = _host(_cloud(samples, 1)), mixture.means.shape
+    require(x.shape[1] == D, f"Got samples in {x.shape[1]} dimensions for a mixture in {D}: give the same.")
+    scaled = torch.cat(list(_distances(x, mixture.means))) / mixture.std
+    distance, mode = scaled.min(1)
     good = distance <= within
-    return ModeCoverage(len(mode[good].unique()), len(mixture.means), good.double().mean().item())
+    return ModeCoverage(len(mode[good].unique()), n_modes, good.double().mean().item())
 
 # %% ../nbs/reference/metrics.ipynb #3d640eb0
 class PrecisionRecall(NamedTuple):
@@ -111,11 +121,11 @@ class PrecisionRecall(NamedTuple):
 
 def _radii(a:Tensor, k:int) -> Tensor:
     "Distance of each point to its k-th nearest neighbour in the same set, (N,)."
-    return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(a, a)])   # the nearest of all is the point itself
+    return torch.cat([d.kthvalue(k + 1).values for d in _distances(a, a)])   # the first is the point itself
 
 def _share_inside(a:Tensor, b:Tensor, radii:Tensor) -> float:
     "Share of the points `a` that lie in some ball around `b`."
-    return torch.cat([(d <= radii).any(1) for d in _distances(a, b)]).double().mean().item()
+    return _host(torch.cat([(d <= radii).any(1) for d in _distances(a, b)])).mean().item()
 
 # %% ../nbs/reference/metrics.ipynb #8d9cf70d
 def precision_recall(
@@ -125,20 +135,23 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Shares of points that lie inside the other set's k-nearest-neighbour manifold.
 
-    Source: Kynkaanniemi et al. 2019. Unit: shares. Biased: with more points the balls shrink, so compare at equal N and M only; one far outlier among the
-    real points makes a ball that forgives much."""
-    real, fake = _cloud(real, k + 1), _cloud(fake, k + 1)
-    require(k >= 1 and real.shape[1] == fake.shape[1], f"Got k = {k} and points in {real.shape[1]} and {fake.shape[1]} dimensions: "
-            "k must be at least 1 and the dimensions the same.")
-    return PrecisionRecall(_share_inside(fake, real, _radii(real, k)), _share_inside(real, fake, _radii(fake, k)))
+    Source: Kynkaanniemi et al. 2019. Unit: shares. Biased: with more points the balls shrink, so compare at
+    equal N and M only; an outlier makes a large ball that forgives much."""
+    require(k >= 1, f"Got k = {k}: give at least 1.")
+    (_, D), (_, E) = _cloud(real, k + 1).shape, _cloud(fake, k + 1).shape
+    require(D == E, f"Got features in {D} and {E} dimensions: give the same.")
+    precision = _share_inside(fake, real, _radii(real, k))
+    return PrecisionRecall(precision, recall=_share_inside(real, fake, _radii(fake, k)))
 
 # %% ../nbs/reference/metrics.ipynb #6a21ea79
 class DigitNet(nn.Module):
     "A small classifier of 8x8 digits; its 64 hidden units are the features that digits are compared in."
     def __init__(self, width:int=32, n_features:int=64):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2*width, 3, 2, 1), nn.ReLU(),
-                                  nn.Flatten(), nn.Linear(32*width, n_features), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.ReLU(),                   # (B, width, 8, 8)
+            nn.Conv2d(width, 2*width, 3, stride=2, padding=1), nn.ReLU(),   # (B, 2 width, 4, 4)
+            nn.Flatten(), nn.Linear(32*width, n_features), nn.ReLU())
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(n_features, 10))
         self.register_buffer("scale", torch.ones(()))   # set after training, see `digit_classifier`
 
@@ -147,19 +160,25 @@ class DigitNet(nn.Module):
         return self.head(self.body(x))
 
 # %% ../nbs/reference/metrics.ipynb #acc402c6
-def shake(
-    x:Tensor,                   # images in [-1, 1], (B, C, H, W), on a background of -1
-    generator:torch.Generator,  # on the device of `x`
-    shift:float=1.0,            # largest move along each axis, in pixels
-    turn:float=0.15,            # largest rotation, in radians
-    zoom:float=0.1,             # largest relative change of size
+def warp(
+    x:Tensor,      # images in [-1, 1], (B, C, H, W), on a background of -1
+    move:Tensor,   # to the right and down, in pixels, (2, B)
+    turn:Tensor,   # in radians, (B,)
+    zoom:Tensor,   # 1 keeps the size, (B,)
 ) -> Tensor:
-    "Move, turn and resize each image a little, at random."
-    u = 2*torch.rand(4, len(x), generator=generator, device=x.device) - 1
-    angle, size, move = turn*u[0], 1 + zoom*u[1], 2*shift*u[2:]/x.shape[-1]   # the picture is 2 units wide
-    rows = [size*angle.cos(), -size*angle.sin(), move[0], size*angle.sin(), size*angle.cos(), move[1]]
+    "Move, turn and resize each image; background comes in from outside."
+    dx, dy = -2*move / x.shape[-1]   # `affine_grid` says where a pixel comes from, in a picture 2 units wide
+    rows = [turn.cos()/zoom, -turn.sin()/zoom, dx, turn.sin()/zoom, turn.cos()/zoom, dy]
     grid = F.affine_grid(torch.stack(rows, 1).reshape(-1, 2, 3), x.shape, align_corners=False)
-    return F.grid_sample(x + 1, grid, align_corners=False) - 1   # outside the picture, 0 becomes the background
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1
+
+def shake(
+    x:Tensor,                   # as in `warp`
+    generator:torch.Generator,  # on the device of `x`
+) -> Tensor:
+    "Move each image by up to a pixel, turn it by up to 0.15 radians, resize it by up to a tenth, at random."
+    u = 2*torch.rand(4, len(x), generator=generator, device=x.device) - 1
+    return warp(x, u[:2], 0.15*u[2], 1 + 0.1*u[3])
 
 def classifier_loss(net:nn.Module, batch:tuple[Tensor, Tensor], generator:torch.Generator) -> Tensor:
     "Cross-entropy on shaken images: the loss that `fit` minimises."
@@ -178,7 +197,7 @@ def features(
     net:DigitNet,  # from `digit_classifier`
     x:Tensor,      # images (N, 1, 8, 8), uint8 or floats in [-1, 1], which are rounded to eight bits
 ) -> Tensor:       # (N, 64), float32
-    "What the classifier sees: its hidden units, in units in which the training digits have a total variance of 100."
+    "What the classifier sees: its hidden units, scaled so that the training digits' total variance is 100."
     return _read(net, x, net.body) * net.scale
 
 def predicted(
@@ -198,7 +217,7 @@ def _one_thread() -> Iterator[None]:
     finally: torch.set_num_threads(before)
 
 def digit_classifier(
-    out:str|Path|None=None,   # folder for its checkpoint, from which a second call reads it; None = train anew
+    out:str|Path|None=None,   # folder for its checkpoint, which a second call reads; None = train anew
     seed:int=0,               # of weights and batches; results of different seeds are not comparable
     steps:int=1000,           # updates of the weights, about ten seconds
     bar:bool=True,            # show progress
@@ -208,7 +227,8 @@ def digit_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = DigitNet()
-    cfg = TrainConfig(steps, batch=128, lr=2e-3, warmup=50, ema=0.998, ema_warmup=True, weight_decay=0.05, seed=seed, bar=bar)
+    cfg = TrainConfig(steps, batch=128, lr=2e-3, warmup=50, ema=0.998, ema_warmup=True, weight_decay=0.05,
+                      seed=seed, bar=bar)
     with _one_thread():
         net = fit(classifier_loss, net, data, cfg, out)
         net.scale.fill_(1.)

@@ -42,7 +42,7 @@ def flush(path:Path):
 
 def discard(folder:Path):
     "Take a checkpoint away: first its name, then its files."
-    aside = folder.with_name(f".{folder.name}.tmp")
+    aside = folder.with_name(f".{folder.name}.old.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)
     shutil.rmtree(aside)
@@ -348,8 +348,7 @@ def check_same_run(manifest:dict, run:Run):
 # %% ../nbs/reference/train.ipynb #e6508e9e
 def resume(run:Run):
     "Put a run back to its newest checkpoint; a new one saves its first weights, so that there always is one."
-    for stale in [*run.out.glob(".step_*.tmp"), *run.out.glob(".log.jsonl.*.tmp")]:
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    for stale in run.out.glob(".*.tmp"): shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     if not checkpoints(run.out):
         cut_log(run.out, 0, run.cfg)
         return save_run(run)

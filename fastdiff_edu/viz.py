@@ -16,8 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib.axis import Axis
-from matplotlib.pyplot import Artist, Axes, Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.pyplot import Artist, Axes, Figure, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
@@ -37,9 +36,9 @@ STYLE = {
     "font.size": 9.5, "figure.titlesize": 11, "axes.titlesize": 10, "axes.titlelocation": "left",
     "axes.prop_cycle": plt.cycler(color=PALETTE[:7]), "lines.linewidth": 1.8, "axes.linewidth": 0.8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.axisbelow": True,
-    "axes.grid": True, "grid.color": "#E6E8EB", "grid.linewidth": 0.7, "text.color": BLACK, "axes.labelcolor": BLACK,
-    "xtick.color": "#555B63", "ytick.color": "#555B63", "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "axes.labelsize": 9.5, "legend.frameon": False, "legend.fontsize": 8.5,
+    "axes.grid": True, "grid.color": "#E6E8EB", "grid.linewidth": 0.7, "legend.frameon": False,
+    "text.color": BLACK, "axes.labelcolor": BLACK, "xtick.color": "#555B63", "ytick.color": "#555B63",
+    "axes.labelsize": 9.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5,
 }
 
 # %% ../nbs/reference/viz.ipynb #1f32f1e4
@@ -113,13 +112,12 @@ def sheet(
     ncols:int|None=None,         # images per row; None = about square
     title:str="",                # what the sheet shows
     labels:Sequence|None=None,   # a word left of each row
-    ax:Axes|None=None,           # where to draw; None = a new figure
-    size:float=0.5,              # inches per image in a new figure
+    ax:Axes|None=None, size:float=0.5,   # where to draw; None = a new figure, of this many inches per image
 ) -> Figure|None:
     "A sheet of images."
     ncols = min(len(x), ncols or math.ceil(len(x)**0.5))
     rows, pad = math.ceil(len(x) / ncols), max(1, x.shape[-1] // 10)
-    require(labels is None or len(labels) == rows, f"Got labels for another number of rows than {rows}: give one each.")
+    require(labels is None or len(labels) == rows, f"Got labels that do not fit {rows} rows: give one each.")
     fig, ax = _on(ax, (max(1.6, size * ncols + 0.3*(labels is not None)), size * rows + 0.3*bool(title)))
     ax.imshow(mosaic(x, ncols, pad), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     ax.set(xticks=[], yticks=[], title=title)
@@ -171,9 +169,11 @@ def plane(
     axis = torch.linspace(-lim, lim, n)
     return axis, torch.cartesian_prod(axis, axis)
 
+# %% ../nbs/reference/viz.ipynb #fc01de15
 def _image(ax:Axes, p:np.ndarray, extent:tuple, gamma:float, aspect:str):
     "p[i, j] with i to the right and j upwards; a gamma below 1 brings out faint parts."
-    ax.imshow(p.T**gamma, origin="lower", extent=extent, cmap=DENSITY, vmin=0, aspect=aspect, interpolation="bilinear")
+    ax.imshow(p.T**gamma, DENSITY, aspect=aspect, interpolation="bilinear", vmin=0, origin="lower",
+              extent=extent)
     ax.grid(False)
 
 def density(
@@ -259,6 +259,7 @@ def log_axis(axis:Axis):
     if hi / lo < 10**2.5: axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     if lo > 1e-4 and hi < 1e5: axis.set_major_formatter("{x:g}")
 
+# %% ../nbs/reference/viz.ipynb #b34194d1
 def curves(
     x:Tensor|Sequence|None,       # where the values are, (n,); None when each curve brings its own
     ys:Mapping[str, Tensor],      # a legend entry per curve: values (n,), or a pair (x, values)
@@ -288,8 +289,7 @@ def bars(
     errors:Mapping[str, float]|None=None,   # half-widths of error bars
     ax:Axes|None=None,                      # where to draw; None = a new figure
     title:str="", xlabel:str="",            # words, with units
-    fmt:str="{:.3g}",                       # how a value is written at its bar
-    log:bool=False,                         # logarithmic axis
+    fmt:str="{:.3g}", log:bool=False,       # how a value is written at its bar; logarithmic axis
     grey:Sequence[str]=(),                  # the bars that are there for comparison
 ) -> Figure|None:
     "Horizontal bars with their values."
@@ -310,7 +310,7 @@ def _spots(w:float, h:float):
         yield from [(x, y) for x in (0.7*r, -0.7*r - w) for y in (0.7*r, -0.7*r - h)]
 
 def _write_at(ax:Axes, xy:tuple, word:str, taken:list[Bbox]):
-    "Write `word` at the place nearest to `xy` that is inside the axes and covers nothing in `taken`; take it."
+    "Write `word` at the place nearest to `xy` that is inside the axes and not in `taken`, and take it."
     style = {"textcoords": "offset pixels", "annotation_clip": False}
     text = ax.annotate(word, xy, (0, 0), ha="left", va="bottom", fontsize=8, **style)
     here = text.get_window_extent()
@@ -323,6 +323,7 @@ def _write_at(ax:Axes, xy:tuple, word:str, taken:list[Bbox]):
     line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6}
     if np.hypot(*end) > 10: ax.annotate("", xy, end, arrowprops=line, **style)
 
+# %% ../nbs/reference/viz.ipynb #77e69b06
 def name_points(
     ax:Axes,                    # where the points are drawn already; its limits must be final
     xy:Sequence[tuple],         # the points
@@ -337,7 +338,7 @@ def name_points(
     taken += [a.get_window_extent() for a in avoid]
     for point, word in zip(xy, words): _write_at(ax, point, word, taken)
 
-# %% ../nbs/reference/viz.ipynb #77e69b06
+# %% ../nbs/reference/viz.ipynb #e5114e20
 def trilemma(
     rows:Sequence[Mapping],    # a method each: "name", "ms" per image, "frechet" distance, "recall" in [0, 1]
     floor:float|None=None,     # the Frechet distance of held-out real images: the best that can be expected
@@ -346,19 +347,15 @@ def trilemma(
 ) -> Figure|None:
     "Quality against time with coverage as colour: the generative learning trilemma."
     fig, ax = _on(ax, (WIDTH, 4.6))
-    xy, look = [(r["ms"], r["frechet"]) for r in rows], {"s": 60, "edgecolors": BLACK, "linewidths": 0.6}
-    points = ax.scatter(*zip(*xy), c=[r["recall"] for r in rows], cmap="viridis_r", vmin=0, vmax=1, **look)
+    xy, recall = [(r["ms"], r["frechet"]) for r in rows], [r["recall"] for r in rows]
+    points = ax.scatter(*zip(*xy), 60, recall, cmap="viridis_r", vmin=0, vmax=1, ec=BLACK, linewidths=0.6)
     ax.set(xlabel="milliseconds per image", ylabel="Frechet distance", title=title)
-    avoid = [] if floor is None else _floor(ax, floor, "held-out real images")
+    avoid = [] if floor is None else [
+        ax.axhline(floor, color=GREY, linestyle="--", linewidth=1.2),
+        ax.text(1, floor, "held-out real data", transform=ax.get_yaxis_transform(), ha="right", va="bottom")]
     ax.margins(0.08, 0.12)
     for axis in (ax.xaxis, ax.yaxis): log_axis(axis)
     bar = ax.get_figure().colorbar(points, ax=ax, label="recall (coverage)", fraction=0.04, pad=0.02)
     bar.outline.set_visible(False)
     name_points(ax, xy, [r["name"] for r in rows], avoid)
     return fig
-
-def _floor(ax:Axes, y:float, word:str) -> list[Artist]:
-    "A dashed line with a word on it at the right."
-    at = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
-    return [ax.axhline(y, color=GREY, linestyle="--", linewidth=1.2),
-            ax.annotate(word, (1, y), (-4, 3), ha="right", fontsize=8, **at)]

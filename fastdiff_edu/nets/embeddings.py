@@ -22,7 +22,7 @@ def time_features(
     dim:int,   # how many features: even, at least 4
 ) -> Tensor:   # (B, dim): all sines, then all cosines; float32, or float64 where `t` is
     "DDPM's sinusoids of 1000 `t`, with wavelengths from 2 pi to 20,000 pi timesteps."
-    require(dim >= 4 and dim % 2 == 0, f"Got {dim} time features: they come in pairs, take an even number from 4.")
+    require(dim >= 4 and dim % 2 == 0, f"Got {dim} time features: they come in pairs, take 4 or more.")
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     i = torch.arange(dim//2, dtype=t.dtype, device=t.device)
     angle = 1000 * t[:, None] * torch.exp(-math.log(10_000)/(dim//2 - 1) * i)   # (B, dim/2)

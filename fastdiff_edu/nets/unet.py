@@ -52,7 +52,7 @@ class UNetConfig:
 # %% ../../nbs/reference/unet.ipynb #8306d598
 def _check_config(c:UNetConfig):
     by, rows = 2**(len(c.mult) - 1), [r for r, _ in c.levels]
-    require(min(c.size, c.blocks, *c.mult, len(c.mult)) > 0, "Size, blocks and levels of a network start at 1.")
+    require(min(c.size, c.blocks, *c.mult, len(c.mult)) > 0, "A network's size, blocks and mult start at 1.")
     require(c.width >= 4 and c.width % 2 == 0, f"A width of {c.width} will not do: take an even one from 4.")
     require(c.size % by == 0, f"Images of {c.size} rows cannot be halved {len(rows) - 1} times: "
                               f"use a multiple of {by}, or fewer levels.")

@@ -1,0 +1,108 @@
+"The main job: reuse, kill and resume, and what it writes. A tiny race (30 training steps, 40 images) takes the same path as the real one."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastdiff_edu.core import BadInput
+from fastdiff_edu.race import REAL, RaceConfig, chosen, methods, race, table
+
+TINY = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from fastdiff_edu import metrics, race as r
+judge, teacher = metrics.digit_classifier, r.teacher_config
+metrics.digit_classifier = lambda out, seed: judge(out, seed, steps=30)
+r.teacher_config = lambda quick: replace(teacher(quick), steps=30, save_every=5)
+r.images_per_method = lambda cfg: 40
+r.race(r.RaceConfig(out=Path(sys.argv[1]), methods=("ddpm-20", "ddpm-10", "ddpm-4"), seed=int(sys.argv[2])))
+"""
+
+
+def tiny(out, seed=0, **kwargs):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", TINY, str(out), str(seed)], env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def finish(process):
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def scoreboard(out):
+    "The rows without the timings."
+    rows = json.loads((out/"scoreboard.json").read_text())["rows"]
+    return [{k: v for k, v in row.items() if k != "ms_per_image"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("race")/"whole"
+    return out, finish(tiny(out))
+
+
+def test_writes_what_it_promises(undisturbed):
+    out, said = undisturbed
+    assert {"scoreboard.json", "scoreboard.md", "trilemma.png", "protocol.json"} <= {p.name for p in out.iterdir()}
+    assert {p.stem for p in (out/"sheets").iterdir()} == {"ddpm-20", "ddpm-10", "ddpm-4", "real-digits-held-out"}
+    rows = scoreboard(out)
+    assert [row["method"] for row in rows] == [REAL, "ddpm-20", "ddpm-10", "ddpm-4"]
+    assert [row["evaluations"] for row in rows] == [0, 20, 10, 4]
+    assert all(0 <= row[k] <= 1 for row in rows for k in ("coverage", "label_agreement")) and "training" in said
+    assert json.loads((out/"scoreboard.json").read_text())["protocol"]["images"] == 40
+
+
+def test_second_run_reuses(undisturbed):
+    out, _ = undisturbed
+    before = (out/"scoreboard.json").read_text()
+    said = finish(tiny(out))
+    assert said.count("reused") == 3 and "training," not in said
+    assert (out/"scoreboard.json").read_text() == before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment_it_ends_the_same(undisturbed, tmp_path, seed):
+    out, moments = tmp_path/"killed", random.Random(seed)
+    for _ in range(3):
+        process = tiny(out)
+        time.sleep(moments.uniform(2, 9))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(tiny(out))
+    assert scoreboard(out) == scoreboard(undisturbed[0])
+    assert not [p for p in out.rglob("*.tmp")], "something half-written was left"
+
+
+def test_another_protocol_is_refused(undisturbed):
+    process = tiny(undisturbed[0], seed=1)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "holds another race (seed is 0 there and 1 here)" in said
+
+
+def test_methods_are_chosen():
+    assert list(chosen(RaceConfig(methods=("ddpm-4", "ddpm-10", "ddpm-4")))) == ["ddpm-4", "ddpm-10"]
+    assert set(chosen(RaceConfig(all=True))) == set(methods())
+    assert set(chosen(RaceConfig(quick=True))) < set(chosen(RaceConfig())) < set(methods())
+    with pytest.raises(BadInput, match="Unknown method 'ddmp-4': did you mean 'ddpm-4'"):
+        chosen(RaceConfig(methods=("ddmp-4",)))
+
+
+def test_bad_input_leaves_nothing(tmp_path):
+    (tmp_path/"file").write_text("")
+    for cfg in (RaceConfig(out=tmp_path/"new", methods=("nonsense",)), RaceConfig(out=tmp_path/"file"/"below")):
+        with pytest.raises(BadInput): race(cfg)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_table_is_markdown():
+    row = dict(method="a", evaluations=4, ms_per_image=1.5, quality=2.0, coverage=0.5, label_agreement=1.0)
+    lines = table([row]).splitlines()
+    assert len(lines) == 3 and len({len(line) for line in lines}) == 1 and all(line.count("|") == 7 for line in lines)
