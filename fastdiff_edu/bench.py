@@ -31,8 +31,8 @@ from .train import TrainConfig, fit, train
 class BenchConfig:
     """Measure what sampling and training cost on top of the network itself.
 
-    Ratios of a loop's time to the time inside the network's own calls, in the same loop, and the difference of the weights
-    after a stopped and resumed training.
+    Ratios of a loop's time to the time inside the network's own calls, in the same loop, and the difference of
+    the weights after a stopped and resumed training.
     """
     width:int = 64            # channels of the UNet, at 32x32 with factors (1, 2)
     batch:int = 16            # images per batch, 3x32x32
@@ -90,7 +90,7 @@ def training_ratio(net:nn.Module, cfg:BenchConfig, out:Path) -> float:
     def run(i):
         settings = TrainConfig(steps=cfg.steps, batch=cfg.batch, log_every=10, save_every=10**6, bar=False)
         run = train(lambda net, batch, g: loss(clock(net), batch, g), net, data, settings, out/str(i))
-        first = next(run)                          # building, checking, saving the first weights: not the loop
+        next(run)   # building, checking, saving the first weights: not the loop
         return clock.ratio(lambda: [None for _ in run])
     with patched(torch.Tensor, "backward", clock), patched(torch.optim.AdamW, "step", clock):
         return median([run(i) for i in range(cfg.repeats + 1)][1:])
@@ -117,15 +117,17 @@ def measure(cfg:BenchConfig) -> dict:
     torch.manual_seed(0)
     net = UNet(UNetConfig(size=32, width=cfg.width, mult=(1, 2), blocks=2, attn=(16,))).to(best_device())
     with tempfile.TemporaryDirectory() as d:
-        found = {"sampling": sampling_ratio(net.eval(), cfg, ddpm_step()),
-                 "training": training_ratio(net, cfg, Path(d)/"train"), "resume": resume_difference(cfg, Path(d)/"resume")}
+        found = dict(sampling=sampling_ratio(net.eval(), cfg, ddpm_step()),
+                     training=training_ratio(net, cfg, Path(d)/"train"),
+                     resume=resume_difference(cfg, Path(d)/"resume"))
     return dict(device=machine(net, cfg), torch=torch.__version__, batch=cfg.batch,
                 parameters=sum(p.numel() for p in net.parameters()), **found)
 
 def machine(net:nn.Module, cfg:BenchConfig) -> str:
     "Where the figures come from, in words."
     device = next(net.parameters()).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {cfg.threads} threads"
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    return f"{device.type}, {cfg.threads} threads"
 
 # %% ../nbs/reference/bench.ipynb #d437cd5f
 WORDS = dict(sampling="sampling, ancestral step: loop over network",

@@ -76,7 +76,7 @@ def main(
         cfg = parse(args)
         COMMANDS[args[0]][1](cfg)
         return 0
-    except KeyboardInterrupt: return _fail("stopped: the same command goes on from what is finished.", 130, debug)
+    except KeyboardInterrupt: return _fail("stopped; the same command goes on from here.", 130, debug)
     except BadInput as e: return _fail(e, 2, debug)
     except (RunFailed, OSError, MemoryError) as e: return _fail(e, 1, debug)
     except Exception as e: return _fail(f"{type(e).__name__}: {e} (--debug shows where)", 1, debug)

@@ -125,7 +125,7 @@ def writable_folder(
         path.mkdir(parents=True, exist_ok=True)
         write_bytes(path/".probe", b"").unlink()
     except OSError as e:
-        raise BadInput(f"Cannot write to '{path}' ({e.strerror}): choose another folder with --out.") from None
+        raise BadInput(f"Cannot write to '{path}' ({e.strerror}): choose another folder.") from None
     return path
 
 # %% ../nbs/reference/core.ipynb #dbfcaafa

@@ -35,10 +35,10 @@ def from_eps(xt:Tensor, eps:Tensor, t:float|Tensor, schedule:Schedule) -> Predic
 
 # %% ../nbs/04_denoiser.ipynb #25593011
 def from_x0(xt:Tensor, x0:Tensor, t:float|Tensor, schedule:Schedule) -> Prediction:
-    "From a guess of the data: eps = (x_t - alpha x0) / sigma, Eq. 04.2. Where sigma = 0, x0 is x_t and eps is 0."
+    "From a guess of the data: eps = (x_t - alpha x0) / sigma, Eq. 04.2; where sigma = 0, x0 is x_t, eps 0."
     alpha, sigma = bcast(schedule.alpha(t), xt), bcast(schedule.sigma(t), xt)
-    if not isinstance(sigma, Tensor):
-        return Prediction(x0, (xt - alpha * x0) / sigma) if sigma > 0 else Prediction(xt, 0 * xt)
+    if not isinstance(sigma, Tensor) and sigma == 0: return Prediction(xt, torch.zeros_like(xt))
+    if not isinstance(sigma, Tensor): return Prediction(x0, (xt - alpha * x0) / sigma)
     clean = sigma == 0
     eps = (xt - alpha * x0) / torch.where(clean, 1., sigma)      # no division by 0, not even for the gradient
     return Prediction(torch.where(clean, xt, x0), torch.where(clean, 0., eps))
@@ -73,7 +73,7 @@ class Denoiser:
     def __call__(self, x:Tensor, t:float|Tensor, **cond) -> Prediction:
         out, C, frac = self.net(x, batch_t(t, x), **cond), x.shape[1], None
         want = (len(x), C * (1 + (self.kind == "both") + self.learned_var), *x.shape[2:])
-        require(out.shape == want, f"The network says {tuple(out.shape)}, but as '{self.kind}' it has to say {want}.")
+        require(out.shape == want, f"Network output {tuple(out.shape)}: as '{self.kind}' it has to say {want}.")
         if self.learned_var: out, frac = out[:, :-C], (out[:, -C:] + 1) / 2
         return _KINDS[self.kind](x, out, t, self.schedule)._replace(var_frac=frac)
 
@@ -107,7 +107,7 @@ def denoising_errors(
     noise:Tensor,          # standard normal, (B, *D)
     **cond,
 ) -> Errors:
-    "How far a model's guesses are off, in x0 and in eps; at log-SNR l the second is e^l times the first, Eq. 04.5."
+    "How far a model's guesses are off, in x0 and in eps: the second is the SNR times the first, Eq. 04.5."
     pred = model(q_sample(x0, t, noise, model.schedule), t, **cond)
     same_shape(pred.x0, x0, "prediction and data")
     return Errors((pred.x0 - x0).square().flatten(1).mean(1), (pred.eps - noise).square().flatten(1).mean(1))
@@ -118,29 +118,30 @@ _WEIGHTS = dict(simple=lambda e: e.eps, x0=lambda e: e.x0, snr_trunc=lambda e: t
 
 def denoising_loss(
     model:Callable, x0:Tensor, t:float|Tensor, noise:Tensor,   # as in `denoising_errors`
-    weight:str="simple",   # on the error in x0: "simple" SNR | "x0" 1 | "snr_trunc" max(SNR, 1) | "snr_plus_1" SNR + 1
+    weight:str="simple",   # "simple": SNR | "x0": 1 | "snr_trunc": max(SNR, 1) | "snr_plus_1": SNR + 1
     **cond,
 ) -> Tensor:               # a scalar
-    "Mean weighted denoising error, Eq. 04.6 (Ho et al. 2020, Eq. 14; Salimans and Ho 2022, section 4)."
+    "Mean error in x0, weighted, Eq. 04.6 (Ho et al. 2020, Eq. 14; Salimans and Ho 2022, section 4)."
     require_one_of(weight, _WEIGHTS, "weight")
     return _WEIGHTS[weight](denoising_errors(model, x0, t, noise, **cond)).mean()
 
 # %% ../nbs/04_denoiser.ipynb #ea106315
 def from_mu(xt:Tensor, mu:Tensor, t:float|Tensor, u:float|Tensor, schedule:Schedule) -> Prediction:
     "From a guess of the posterior's mean at u < t: Eq. 02.7 solved for x0, Eq. 04.7."
-    beta, sigma_t, sigma_u = schedule.beta(t, u), schedule.sigma(t), schedule.sigma(u)
+    beta = schedule.beta(t, u)
     require(isinstance(beta, Tensor) or beta > 0, f"Got u = t = {t}: a step of no length says nothing of x0.")
-    c_mu, c_xt = sigma_t**2 / (schedule.alpha(u) * beta), (1 - beta)**0.5 * sigma_u**2 / (schedule.alpha(u) * beta)
-    return from_x0(xt, bcast(c_mu, xt) * mu - bcast(c_xt, xt) * xt, t, schedule)
+    c_mu, c_xt = schedule.sigma(t)**2, (1 - beta)**0.5 * schedule.sigma(u)**2
+    x0 = (bcast(c_mu, xt) * mu - bcast(c_xt, xt) * xt) / bcast(schedule.alpha(u) * beta, xt)
+    return from_x0(xt, x0, t, schedule)
 
 # %% ../nbs/04_denoiser.ipynb #1e9a2ba3
 def bound_weight(
     t:float|Tensor, u:float|Tensor, schedule:Schedule,   # a step from t down to u > 0
     variance:Callable=small_var,                         # (t, u, schedule) -> the reverse step's variance
-) -> float|Tensor:                                       # on the error in eps, summed over an example's elements
+) -> float|Tensor:                                       # on the squared error in eps
     "What one step's term of the variational bound weighs, Eq. 04.8 (Ho et al. 2020, Eq. 12)."
     beta, var = schedule.beta(t, u), variance(t, u, schedule)
-    require(isinstance(var, Tensor) or var > 0, f"The step to u = {u} has variance 0: there the bound has its decoder.")
+    require(isinstance(var, Tensor) or var > 0, f"The step to u = {u} has variance 0: use the decoder there.")
     return beta**2 / (2 * var * (1 - beta) * schedule.sigma(t)**2)
 
 # %% ../nbs/04_denoiser.ipynb #e38df4ca

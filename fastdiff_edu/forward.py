@@ -1,4 +1,4 @@
-"""Noise a picture a thousand times, or once: the result is the same. That is why diffusion can be trained at all.
+"""Noise a picture a thousand times, or once: the result is the same. So diffusion can be trained.
 
 Docs: https://fastdiff-edu.github.io/fastdiff_edu/forward.html.md"""
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import BadInput, bcast, randn_like, require, same_shape
+from .core import bcast, randn_like, require, same_shape
 from .schedule import Schedule, check_times
 
 # %% ../nbs/02_forward.ipynb #bca707c8
@@ -67,7 +67,7 @@ def posterior(
 ) -> Normal:            # of x_u
     "q(x_u | x_t, x_0): the variance is Eq. 02.6, the mean Eq. 02.7 (Ho et al. 2020, Eq. 6 and 7)."
     same_shape(x0, xt, "x0 and xt")
-    if not isinstance(t, Tensor) and t == 0: raise BadInput("A step from t = 0 was asked for: there is no cleaner state.")
+    require(isinstance(t, Tensor) or t > 0, "A step from t = 0 was asked for: there is no cleaner state.")
     beta, var_t, var_u = schedule.beta(t, u), schedule.sigma(t)**2, schedule.sigma(u)**2
     c0, ct = schedule.alpha(u) * beta / var_t, (1 - beta)**0.5 * var_u / var_t
     return Normal(bcast(c0, xt) * x0 + bcast(ct, xt) * xt, bcast(beta * var_u / var_t, xt))
@@ -97,7 +97,7 @@ def step_kl(
     t:float, u:float, schedule:Schedule,
     variance:Callable=small_var,        # (t, u, schedule) -> the reverse model's variance
 ) -> Tensor:                            # (B,), nats per example
-    "KL of the true from the guessed posterior: a step's term of Eq. 02.9; with the small variance, Eq. 02.11."
+    "KL of the true from the guessed posterior, a term of Eq. 02.9; with the small variance, Eq. 02.11."
     true, guess = (posterior(x, xt, t, u, schedule) for x in (x0, x0_hat))
     return kl_normal(true.mean, true.var, guess.mean, variance(t, u, schedule)).flatten(1).sum(1)
 
@@ -115,7 +115,7 @@ def bin_nll(
     std = torch.as_tensor(var, dtype=mean.dtype, device=mean.device)**0.5
     up, down = (x + 1/255 - mean) / std, (x - 1/255 - mean) / std
     up, down = torch.where(x > 0.999, torch.inf, up), torch.where(x < -0.999, -torch.inf, down)
-    flip = (up + down) > 0        # right of the mean both Phi are near 1 and their difference cancels: mirror them
+    flip = (up + down) > 0        # right of the mean Phi is near 1 and differences cancel: mirror them
     up, down = torch.where(flip, -down, up), torch.where(flip, -up, down)
     return -torch.log((torch.special.ndtr(up) - torch.special.ndtr(down)).clamp(min=1e-30))
 
@@ -135,7 +135,7 @@ def variational_bound(
     x0:Tensor,                              # clean data, (B, *D)
     grid:Tensor,                            # times from 1 down to 0, (n+1,)
     generator:torch.Generator|None=None,
-    variance:Callable=small_var,            # (t, u, schedule) -> the reverse model's variance, but for the last step
+    variance:Callable=small_var,            # (t, u, schedule) -> variance of every reverse step but the last
     decoder_var:float|None=None,            # the last step's; None: the variance of the step before
     nll:Callable=normal_nll,                # the decoder: `normal_nll`, or `bin_nll` for pixels
 ) -> Bound:

@@ -70,7 +70,8 @@ def _allowed(
 ) -> Tensor:     # (B, K): may this row come from this component?
     require(mix.labels is not None, "Got labels for a mixture that has none: leave y out, or give it labels.")
     require(y.shape == xt.shape[:1], f"Got labels {tuple(y.shape)} for {len(xt)} points: give one per point.")
-    if y.device.type == "cpu" and (unknown := (y >= 0) & ~torch.isin(y, mix.labels)).any():   # on host
+    unknown = (y >= 0) & ~torch.isin(y, mix.labels.to(y.device))
+    if y.device.type == "cpu" and unknown.any():       # a device is not asked: that would wait for it
         raise BadInput(f"No component has label {y[unknown][0]}: known are {mix.labels.unique().tolist()}.")
     labels, y = mix.labels.to(xt.device), y.to(xt.device)[:, None]
     return (labels == y) | (y < 0)

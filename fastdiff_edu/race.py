@@ -37,10 +37,10 @@ from .train import TrainConfig, first_difference, fit, shows_bar
 class RaceConfig:
     """Race every method on real handwritten digits: quality, coverage, time.
 
-    Trains a small class-conditional diffusion model on the digits that come with scikit-learn, samples it with every
-    method, and writes a scoreboard, a picture and sample sheets. A second run reuses what the first one made.
+    Trains a small class-conditional diffusion model on the digits that come with scikit-learn, samples it with
+    every method, and writes a scoreboard, a picture and sample sheets. A second run reuses what is there.
     """
-    out:Path = Path("runs/race")   # folder for everything that is made; with --quick the default is runs/race-quick
+    out:Path = Path("runs/race")   # folder for all that is made; with --quick, runs/race-quick
     quick:bool = False             # a shorter training and fewer methods: within 90 seconds on two cores
     all:bool = False               # every method, not the default selection
     methods:tuple[str, ...] = ()   # only these, by name, for instance: ddpm-100 ddpm-10
@@ -91,8 +91,8 @@ def chosen(cfg:RaceConfig) -> dict[str, Method]:
 # %% ../nbs/reference/race.ipynb #e49dcdda
 def teacher_config(quick:bool) -> TrainConfig:
     "The teacher's training: short enough for two CPU cores."
-    return TrainConfig(steps=300 if quick else 1500, batch=128, lr=1e-3, warmup=100, ema=0.995, ema_warmup=True,
-                       log_every=20, save_every=100)
+    return TrainConfig(steps=300 if quick else 1500, batch=128, lr=1e-3, warmup=100, ema=0.995,
+                       ema_warmup=True, log_every=20, save_every=100)
 
 # %% ../nbs/reference/race.ipynb #81261eac
 def train_teacher(out:Path, cfg:RaceConfig) -> Denoiser:
@@ -173,7 +173,7 @@ def run_method(
     start = time.perf_counter()
     x = entry.sample(model, race.noise, race.labels, seeded(race.cfg.seed, "race", name))
     seconds = time.perf_counter() - start
-    if not x.isfinite().all(): raise RunFailed(f"The method '{name}' made values that are not finite; no row was written.")
+    if not x.isfinite().all(): raise RunFailed(f"'{name}' made values that are not finite: no row was written.")
     images = to_uint8(x)
     row = dict(method=name, evaluations=model.nfe, ms_per_image=1000 * seconds / len(x))
     return row | verdict(race, images, race.labels), images
@@ -193,7 +193,8 @@ def protocol(cfg:RaceConfig) -> dict:
     "All that a number of the scoreboard depends on."
     return dict(
         version=fastdiff_edu.__version__, torch=torch.__version__, threads=torch.get_num_threads(),
-        seed=cfg.seed, data="scikit-learn digits, 8x8, uint8", reference="training split", images=images_per_method(cfg),
+        seed=cfg.seed, images=images_per_method(cfg), data="scikit-learn digits, 8x8, uint8",
+        reference="training split",
         teacher=dict(net=asdict(UNetConfig.digits()), train=asdict(teacher_config(cfg.quick)), weights="EMA",
                      schedule=str(Schedule.cosine()), predicts="v", label_dropout=0.1),
         quality="Frechet distance in the features of the digit classifier, seed 0",
@@ -255,7 +256,8 @@ def _bar(total:int):
 
 # %% ../nbs/reference/race.ipynb #734575ab
 COLUMNS = dict(method="method", evaluations="evaluations", ms_per_image="ms per image",
-               quality="quality (0 is best)", coverage="coverage (1 is best)", label_agreement="label agreement")
+               quality="quality (0 is best)", coverage="coverage (1 is best)",
+               label_agreement="label agreement")
 
 def table(rows:list[dict]) -> str:
     "The scoreboard as a markdown table."

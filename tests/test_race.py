@@ -1,4 +1,4 @@
-"The main job: reuse, kill and resume, and what it writes. A tiny race (30 training steps, 40 images) takes the same path as the real one."
+"The main job: reuse, kill and resume, what it writes; by a tiny race (30 training steps, 40 images) on the same path."
 import json
 import os
 import random
@@ -27,8 +27,8 @@ r.race(r.RaceConfig(out=Path(sys.argv[1]), methods=("ddpm-20", "ddpm-10", "ddpm-
 
 def tiny(out, seed=0, **kwargs):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", TINY, str(out), str(seed)], env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **kwargs)
+    return subprocess.Popen([sys.executable, "-c", TINY, str(out), str(seed)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
 
 
 def finish(process):
@@ -51,12 +51,15 @@ def undisturbed(tmp_path_factory):
 
 def test_writes_what_it_promises(undisturbed):
     out, said = undisturbed
-    assert {"scoreboard.json", "scoreboard.md", "trilemma.png", "protocol.json"} <= {p.name for p in out.iterdir()}
-    assert {p.stem for p in (out/"sheets").iterdir()} == {"ddpm-20", "ddpm-10", "ddpm-4", "real-digits-held-out"}
+    there = {p.name for p in out.iterdir()}
+    assert {"scoreboard.json", "scoreboard.md", "trilemma.png", "protocol.json"} <= there
+    sheets = {p.stem for p in (out/"sheets").iterdir()}
+    assert sheets == {"ddpm-20", "ddpm-10", "ddpm-4", "real-digits-held-out"}
     rows = scoreboard(out)
     assert [row["method"] for row in rows] == [REAL, "ddpm-20", "ddpm-10", "ddpm-4"]
     assert [row["evaluations"] for row in rows] == [0, 20, 10, 4]
-    assert all(0 <= row[k] <= 1 for row in rows for k in ("coverage", "label_agreement")) and "training" in said
+    assert all(0 <= row[k] <= 1 for row in rows for k in ("coverage", "label_agreement"))
+    assert "training" in said
     assert json.loads((out/"scoreboard.json").read_text())["protocol"]["images"] == 40
 
 
@@ -97,12 +100,14 @@ def test_methods_are_chosen():
 
 def test_bad_input_leaves_nothing(tmp_path):
     (tmp_path/"file").write_text("")
-    for cfg in (RaceConfig(out=tmp_path/"new", methods=("nonsense",)), RaceConfig(out=tmp_path/"file"/"below")):
-        with pytest.raises(BadInput): race(cfg)
+    wrong = [dict(out=tmp_path/"new", methods=("nonsense",)), dict(out=tmp_path/"file"/"below")]
+    for settings in wrong:
+        with pytest.raises(BadInput): race(RaceConfig(**settings))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_table_is_markdown():
     row = dict(method="a", evaluations=4, ms_per_image=1.5, quality=2.0, coverage=0.5, label_agreement=1.0)
     lines = table([row]).splitlines()
-    assert len(lines) == 3 and len({len(line) for line in lines}) == 1 and all(line.count("|") == 7 for line in lines)
+    assert len(lines) == 3 and len({len(line) for line in lines}) == 1
+    assert all(line.count("|") == 7 for line in lines)
