@@ -73,7 +73,7 @@ class Denoiser:
     def __call__(self, x:Tensor, t:float|Tensor, **cond) -> Prediction:
         out, C, frac = self.net(x, batch_t(t, x), **cond), x.shape[1], None
         want = (len(x), C * (1 + (self.kind == "both") + self.learned_var), *x.shape[2:])
-        require(out.shape == want, f"Network output {tuple(out.shape)}: as '{self.kind}' it has to say {want}.")
+        require(out.shape == want, f"The network says {tuple(out.shape)}: '{self.kind}' takes {want}.")
         if self.learned_var: out, frac = out[:, :-C], (out[:, -C:] + 1) / 2
         return _KINDS[self.kind](x, out, t, self.schedule)._replace(var_frac=frac)
 

@@ -23,7 +23,7 @@ from .core import BadInput, require, require_one_of
 def _lib(t): return torch if isinstance(t, Tensor) else math   # both know exp, expm1, log1p, sqrt, sin, atan
 
 def _outside(v:float|Tensor, low:float, high:float) -> list:
-    "What of `v` is not in [low, high]; NaN is not. A tensor on a device passes unread: reading it would wait for the device."
+    "What of `v` is not in [low, high], NaN included. A tensor on a device passes unread: a look would wait."
     if not isinstance(v, Tensor): return [] if low <= v <= high else [v]
     return v[~((v >= low) & (v <= high))].tolist() if v.device.type == "cpu" else []
 
@@ -34,7 +34,8 @@ def check_times(
     for t in times:
         if isinstance(t, Tensor) and not t.is_floating_point():
             raise BadInput(f"Got times of type {t.dtype}: times are floats, and step i of T is t = i / T.")
-        if bad := _outside(t, 0, 1): raise BadInput(f"Time {bad[0]:g} is outside [0, 1]: t = 0 is data, t = 1 is noise.")
+        if bad := _outside(t, 0, 1):
+            raise BadInput(f"Time {bad[0]:g} is outside [0, 1]: t = 0 is data, t = 1 is noise.")
 
 # %% ../nbs/01_schedule.ipynb #f9ae6eff
 class Schedule:
@@ -89,10 +90,10 @@ def t_at(self:Schedule,
 ) -> float|Tensor:
     "The time at which the log-SNR has this value: the inverse of `Schedule.log_snr`, Eq. 01.2."
     end = self.log_snr(1.)
-    if bad := _outside(log_snr, end - 1e-4, math.inf):          # float32 rounding of log_snr(1) itself is forgiven
+    if bad := _outside(log_snr, end - 1e-4, math.inf):   # float32 rounding of log_snr(1) itself is forgiven
         raise BadInput(f"log-SNR {bad[0]:g} is below {end:.4g}, where {self} ends.")
     if isinstance(log_snr, Tensor): return self._inverse(F.logsigmoid(log_snr)).clamp(max=1)
-    L = min(log_snr, 0) - math.log1p(math.exp(-abs(log_snr)))   # log alpha_bar = log(1 / (1 + e^-log_snr)), without overflow
+    L = min(log_snr, 0) - math.log1p(math.exp(-abs(log_snr)))   # -log(1 + e^-log_snr), without overflow
     return min(self._inverse(L), 1.)
 
 # %% ../nbs/01_schedule.ipynb #5a3cca4e
@@ -101,10 +102,10 @@ def beta(self:Schedule,
     t:float|Tensor,   # the noisier time
     u:float|Tensor,   # the cleaner time, u <= t
 ) -> float|Tensor:
-    "The variance of the noise added between two times, 1 - alpha_bar(t) / alpha_bar(u), Eq. 01.3, computed as in Eq. 01.9."
+    "The variance added from u to t, 1 - alpha_bar(t) / alpha_bar(u), Eq. 01.3, computed as in Eq. 01.9."
     d = self.log_alpha_bar(t) - self.log_alpha_bar(u)
     check_order(t, u)
-    if isinstance(d, Tensor): d = d.clamp(max=0)   # a float32 t and a float u that are equal are rounded differently
+    if isinstance(d, Tensor): d = d.clamp(max=0)   # a float32 t and an equal float u are rounded differently
     return -_lib(d).expm1(d)
 
 def check_order(
@@ -113,17 +114,17 @@ def check_order(
 ):
     "Refuse u > t: such a step would go up, towards noise. Tensors on a device pass unread."
     if bad := _outside(u - t, -1, 0):
-        raise BadInput(f"Asked for a step that goes up by {bad[0]:g}, from t to u: this step only goes down, u <= t.")
+        raise BadInput(f"Asked for a step from t to u that goes up by {bad[0]:g}: it only goes down, u <= t.")
 
 # %% ../nbs/01_schedule.ipynb #18467c0b
 def _from_betas(
     beta:Tensor,  # beta_1 .. beta_T, float64
     name:str,     # as for `Schedule`
 ) -> Schedule:
-    "The schedule of a table, Eq. 01.4: log alpha_bar is a sum from s = 1 at t = i/T, and linear between these knots."
+    "The schedule of a table, Eq. 01.4: log alpha_bar is a sum from s = 1 at t = i/T, and linear in between."
     knots, T = torch.cat([beta.new_zeros(1), torch.log1p(-beta).cumsum(0)]), len(beta)
-    host, falls = knots.tolist(), (-knots).tolist()                          # -knots rise, as searches want it
-    on = lru_cache(8)(lambda dtype, device: knots.to(dtype).to(device))      # one copy per place, never float64 on a device
+    host, rising = knots.tolist(), (-knots).tolist()                      # searches want what rises
+    on = lru_cache(8)(lambda dtype, device: knots.to(dtype).to(device))   # one copy per place; its type first
     def log_alpha_bar(t):
         is_tensor = isinstance(t, Tensor)
         k = on(t.dtype, t.device) if is_tensor else host
@@ -133,7 +134,7 @@ def _from_betas(
         is_tensor = isinstance(L, Tensor)
         k = on(L.dtype, L.device) if is_tensor else host
         if is_tensor: i = (torch.searchsorted(-k, -L.contiguous()) - 1).clamp(0, T - 1)
-        else: i = min(max(bisect.bisect_left(falls, -L) - 1, 0), T - 1)
+        else: i = min(max(bisect.bisect_left(rising, -L) - 1, 0), T - 1)
         return (i + (L - k[i]) / (k[i+1] - k[i])) / T
     return Schedule(log_alpha_bar, inverse, name)
 
@@ -182,9 +183,9 @@ def vp(cls:Schedule,
     beta_max:float=20.0,  # rate of noising at the clock's 1
     t_min:float=0.0,      # where on the clock t = 0 lies; 1e-3 in DDGAN
 ) -> Schedule:
-    "The variance-preserving SDE's schedule (Song et al. 2021, Eq. 33; with t_min, Xiao et al. 2022), Eq. 01.7."
+    "The VP SDE's schedule (Song et al. 2021, Eq. 33; with t_min, Xiao et al. 2022), Eq. 01.7."
     require(0 < beta_min <= beta_max < math.inf and 0 <= t_min < 1,
-            f"Got beta {beta_min} to {beta_max}, t_min {t_min}: want 0 < beta_min <= beta_max, 0 <= t_min < 1.")
+            f"Got beta {beta_min} to {beta_max}, t_min {t_min}: want 0 < beta_min <= beta_max, t_min < 1.")
     c, rise = 1 - t_min, beta_max - beta_min
     b, g = c * (beta_min + t_min * rise), c**2 * rise
     def log_alpha_bar(t): return -(b + g / 2 * t) * t
@@ -198,7 +199,7 @@ def _rulers(s:Schedule) -> dict:
         uniform=(lambda t: t, lambda f: f),
         quadratic=(lambda t: t**0.5, lambda f: f**2),
         log_snr=(s.log_snr, s.t_at),
-        edm=(lambda t: math.exp(-s.log_snr(t) / 14), lambda f: s.t_at(-14 * torch.log(f))))   # (sigma / alpha)^(1/7)
+        edm=(lambda t: math.exp(-s.log_snr(t) / 14), lambda f: s.t_at(-14 * f.log())))  # (sigma / alpha)^1/7
 
 @patch
 def grid(self:Schedule,
@@ -215,7 +216,7 @@ def grid(self:Schedule,
     require(end < start, f"Asked for a grid from {start} to {end}: it has to fall, end < start.")
     jump = spacing in ("log_snr", "edm") and end < t_min   # these rulers cannot reach t = 0
     low, m = (t_min, n - 1) if jump else (end, n)
-    require(low < start and t_min > 0, f"Got t_min = {t_min} for a grid from {start}: want 0 < t_min < start.")
+    require(0 < t_min and low < start, f"Got t_min = {t_min}, start = {start}: want 0 < t_min < start.")
     first, last = ruler(start), ruler(low)
     times = back(first + torch.arange(m + 1, dtype=torch.float64) / max(m, 1) * (last - first))
     return torch.cat([times.new_tensor([start]), times[1:] if jump else times[1:-1], times.new_tensor([end])])

@@ -44,6 +44,12 @@ def test_frechet_of_singular_covariances():
     assert frechet_distance(zero, c, zero, 0*c) == pytest.approx(trace, rel=1e-12)   # onto a point
 
 
+def test_frechet_takes_means_and_covariances_with_n_minus_1():
+    a, b = randn(5, 3, seed=1), randn(7, 3, seed=2)
+    moments = [torch.from_numpy(v) for x in (a.numpy(), b.numpy()) for v in (x.mean(0), np.cov(x.T))]
+    assert frechet_from_features(a, b) == pytest.approx(frechet_distance(*moments), rel=1e-12)
+
+
 def test_frechet_is_symmetric_and_blind_to_rotations():
     a, b = randn(300, 5, seed=1), 2*randn(200, 5, seed=2) + 1
     q, _ = torch.linalg.qr(randn(5, 5, seed=3))
@@ -173,6 +179,7 @@ def test_floats_are_read_in_eight_bits(net):
 
 
 def test_classifier_is_the_same_on_any_number_of_threads_and_leaves_no_trace():
+    torch.rand(1)   # a state that no seed gives
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     try:
         nets = []
