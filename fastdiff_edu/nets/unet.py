@@ -47,7 +47,7 @@ class UNetConfig:
 
     @classmethod
     def digits(cls):
-        return cls(8, 1, width=24, mult=(1, 2), blocks=1, attn=(), dropout=0., n_labels=10)
+        return cls(8, 1, width=16, mult=(1, 2, 3), blocks=1, attn=(), dropout=0., n_labels=10)
 
 # %% ../../nbs/reference/unet.ipynb #8306d598
 def _check_config(c:UNetConfig):
@@ -192,10 +192,9 @@ class UNet(nn.Module):
         check_inputs(x, t, y, self.shape, self.config.n_labels)
         emb = self.time(t) if self.label is None else self.time(t) + self.label(y)   # (B, 4 width)
         emb = F.silu(emb)
-        if x.device.type == "cpu": x = x.to(memory_format=torch.channels_last)
         h = self.first(x)
         kept = [h]
         for stage in self.down: h = stage(h, emb); kept.append(h)
         for stage in self.middle: h = stage(h, emb)
         for stage in self.up: h = stage(torch.cat([h, kept.pop()], 1), emb)
-        return self.last(h).contiguous()
+        return self.last(h)
