@@ -31,8 +31,8 @@ from .train import TrainConfig, fit, train
 class BenchConfig:
     """Measure what sampling and training cost on top of the network itself.
 
-    Ratios of a loop's time to the time inside the network's own calls, in the same loop, and the difference of
-    the weights after a stopped and resumed training.
+    Ratios of a loop's time to the time inside the network's own calls, in the same loop, and the difference
+    of the weights after a stopped and resumed training.
     """
     width:int = 64            # channels of the UNet, at 32x32 with factors (1, 2)
     batch:int = 16            # images per batch, 3x32x32

@@ -37,8 +37,8 @@ from .train import TrainConfig, first_difference, fit, shows_bar
 class RaceConfig:
     """Race every method on real handwritten digits: quality, coverage, time.
 
-    Trains a small class-conditional diffusion model on the digits that come with scikit-learn, samples it with
-    every method, and writes a scoreboard, a picture and sample sheets. A second run reuses what is there.
+    Trains a small class-conditional diffusion model on the digits that come with scikit-learn, samples it
+    with every method, and writes a scoreboard, a picture and sample sheets. A second run reuses what is there.
     """
     out:Path = Path("runs/race")   # folder for all that is made; with --quick, runs/race-quick
     quick:bool = False             # a shorter training and fewer methods: within 90 seconds on two cores
@@ -173,7 +173,7 @@ def run_method(
     start = time.perf_counter()
     x = entry.sample(model, race.noise, race.labels, seeded(race.cfg.seed, "race", name))
     seconds = time.perf_counter() - start
-    if not x.isfinite().all(): raise RunFailed(f"'{name}' made values that are not finite: no row was written.")
+    if not x.isfinite().all(): raise RunFailed(f"'{name}' made values that are not finite: it has no row.")
     images = to_uint8(x)
     row = dict(method=name, evaluations=model.nfe, ms_per_image=1000 * seconds / len(x))
     return row | verdict(race, images, race.labels), images

@@ -8,8 +8,8 @@ from fastdiff_edu.cli import COMMANDS, main
 
 
 def run(*args, cwd=None):
-    return subprocess.run([sys.executable, "-m", "fastdiff_edu", *args], cwd=cwd, capture_output=True, text=True,
-                          timeout=120)
+    command = [sys.executable, "-m", "fastdiff_edu", *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("args, words", [

@@ -1,4 +1,4 @@
-"The networks: sizes, shapes, one graph under torch.compile, gradients everywhere, and DDPM's layout as diffusers has it."
+"The networks: sizes, shapes, gradients, one graph when compiled, and DDPM's layout as diffusers has it."
 import copy, json, shutil, warnings
 from dataclasses import asdict, replace
 
@@ -17,7 +17,7 @@ NETS = {
     "digits": (UNet, UNetConfig.digits()),
     "tiny": (UNet, TINY),
     "one level": (UNet, replace(TINY, mult=(2,), attn=(8,), n_labels=0)),
-    "twelve rows, three levels": (UNet, UNetConfig(12, 1, 2, width=4, mult=(1, 2, 1), blocks=2, attn=(12, 3))),
+    "twelve rows": (UNet, UNetConfig(12, 1, 2, width=4, mult=(1, 2, 1), blocks=2, attn=(12, 3))),
     "more channels out": (UNet, replace(TINY, out_ch=6)),
     "points": (MLP, MLPConfig(n_labels=4)),
     "a line": (MLP, MLPConfig(dim=1, width=16, depth=1, waves=0, out=2)),
@@ -82,10 +82,12 @@ def test_shape_and_start_at_zero(name, rows):
 def test_rows_do_not_mix_and_order_in_memory_does_not_matter(name):
     net = awake(build(name)).double()
     x, t, y = inputs(net)
-    out = net(x.double(), t, y)
+    x, out = x.double(), net(x.double(), t, y)
     assert out.any()
-    for i in range(3): assert_close(net(x[i:i+1].double(), t[i:i+1], None if y is None else y[i:i+1]), out[i:i+1])
-    if x.ndim == 4: assert_close(net(x.double().to(memory_format=torch.channels_last), t, y), out)
+    for i in range(3):
+        alone = net(x[i:i+1], t[i:i+1], None if y is None else y[i:i+1])
+        assert_close(alone, out[i:i+1])
+    if x.ndim == 4: assert_close(net(x.to(memory_format=torch.channels_last), t, y), out)
 
 
 @pytest.mark.parametrize("name", ["digits", "tiny", "points"])
@@ -228,15 +230,15 @@ def test_compiles_to_one_graph(name, backend):
 
 def renamed(net):
     "The weights of `net` under the names that diffusers' UNet2DModel gives them."
-    names = {"first": "conv_in", "time.first": "time_embedding.linear_1", "time.second": "time_embedding.linear_2",
-             "last.0": "conv_norm_out", "last.2": "conv_out"}
+    names = {"first": "conv_in", "last.0": "conv_norm_out", "last.2": "conv_out",
+             "time.first": "time_embedding.linear_1", "time.second": "time_embedding.linear_2"}
     blocks, n = net.config.blocks, len(net.config.mult)
     places = [(f"down.{i*(blocks + 1) + j}", f"down_blocks.{i}", j) for i in range(n) for j in range(blocks)]
     places += [(f"up.{i*(blocks + 1) + j}", f"up_blocks.{i}", j) for i in range(n) for j in range(blocks + 1)]
     places += [(f"middle.{j}", "mid_block", j) for j in range(2)]
     for ours, theirs, j in places:
-        names[f"{ours}.block"], names[f"{ours}.attention"] = f"{theirs}.resnets.{j}", f"{theirs}.attentions.{j}"
-        names[f"{ours}.up.conv"] = f"{theirs}.upsamplers.0.conv"
+        names |= {f"{ours}.block": f"{theirs}.resnets.{j}", f"{ours}.attention": f"{theirs}.attentions.{j}",
+                  f"{ours}.up.conv": f"{theirs}.upsamplers.0.conv"}
     names |= {f"down.{i}.conv": f"down_blocks.{i//(blocks + 1)}.downsamplers.0.conv"
               for i, stage in enumerate(net.down) if isinstance(stage, Down)}
     parts = {"emb": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm", "out": "to_out.0"}
@@ -245,7 +247,8 @@ def renamed(net):
         prefix = max((p for p in names if key.startswith(p + ".")), key=len)
         *inner, last = key.removeprefix(prefix + ".").split(".")
         inner = [parts.get(part, part) for part in inner]
-        pieces = zip(("to_q", "to_k", "to_v"), value.chunk(3)) if inner == ["qkv"] else [(".".join(inner), value)]
+        pieces = [(".".join(inner), value)]
+        if inner == ["qkv"]: pieces = zip(("to_q", "to_k", "to_v"), value.chunk(3))
         state |= {".".join(filter(None, (names[prefix], part, last))): v for part, v in pieces}
     return state
 
@@ -255,7 +258,8 @@ def theirs(config):
     from diffusers import UNet2DModel
     attn = [rows in config.attn for rows, _ in config.levels]
     return UNet2DModel(
-        sample_size=config.size, in_channels=config.in_ch, out_channels=config.in_ch, layers_per_block=config.blocks,
+        sample_size=config.size, in_channels=config.in_ch, out_channels=config.in_ch,
+        layers_per_block=config.blocks,
         block_out_channels=[ch for _, ch in config.levels],
         down_block_types=[f"{'Attn' if a else ''}DownBlock2D" for a in attn],
         up_block_types=[f"{'Attn' if a else ''}UpBlock2D" for a in reversed(attn)],

@@ -1,4 +1,4 @@
-"The main job: reuse, kill and resume, what it writes; by a tiny race (30 training steps, 40 images) on the same path."
+"The main job: reuse, kill and resume, what it writes; a tiny race takes the same path as the real one."
 import json
 import os
 import random
