@@ -28,9 +28,9 @@ _VARIANCES = dict(small=small_var, large=large_var, learned=learned_var)
 
 # %% ../nbs/05_ddpm.ipynb #25533ded
 def ddpm_step(
-    variance:str="small",   # "small": the posterior's | "large": the forward step's | "learned": the model says
+    variance:str="small",   # "small": the posterior's | "large": the forward step's | "learned": the model's
 ) -> Callable:              # step(model, x, t, u, generator=None) -> x_u
-    "Ancestral sampling: draw x_u from the posterior at the guessed x0, Eq. 05.2 (Ho et al. 2020, Algorithm 2)."
+    "Ancestral sampling: x_u from the posterior at the guessed x0, Eq. 05.2 (Ho et al. 2020, Algorithm 2)."
     var_of = _VARIANCES[require_one_of(variance, _VARIANCES, "variance")]
     def step(model, x, t, u, generator=None):
         pred = model(x, t)
@@ -41,7 +41,8 @@ def ddpm_step(
     return step
 
 def _fraction(pred:Prediction) -> Tensor:
-    require(pred.var_frac is not None, "variance='learned' needs a model that predicts variances: this one has no var_frac.")
+    require(pred.var_frac is not None,
+            "variance='learned' needs a model that predicts variances: this one has no var_frac.")
     return pred.var_frac
 
 # %% ../nbs/05_ddpm.ipynb #f6449fd4
