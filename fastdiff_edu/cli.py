@@ -8,7 +8,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/cli.html.md"""
 __all__ = ['COMMANDS', 'HELP', 'run_race', 'run_bench', 'parse', 'one_sentence', 'flags', 'main']
 
 # %% ../nbs/reference/cli.ipynb #9051df45
-import contextlib, io, os, re, sys, traceback
+import contextlib, io, re, sys, traceback
 from dataclasses import fields
 from itertools import dropwhile, takewhile
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .core import bcast, randn_like, require, same_shape
-from .schedule import Schedule, check_times
+from .schedule import Schedule
 
 # %% ../nbs/02_forward.ipynb #bca707c8
 def kl_normal(

@@ -211,6 +211,8 @@ def claim(cfg:RaceConfig) -> Path:
         except ValueError: raise BadInput(f"'{file}' is damaged: delete '{out}' and start again.") from None
         require(gap is None, f"'{out}' holds another race ({gap}): choose another with --out, or delete it.")
     write_json(file, ours)
+    for stale in out.rglob(".*.tmp"):   # what a kill left half written
+        if stale.is_file(): stale.unlink()
     for folder in ("rows", "sheets"): (out/folder).mkdir(exist_ok=True)
     return out
 
@@ -232,7 +234,7 @@ def _file(name:str) -> str: return name.replace(",", "").replace(" ", "-")
 
 # %% ../nbs/reference/race.ipynb #ab9cd6f5
 def race(cfg:RaceConfig) -> list[dict]:
-    "Run the race that `cfg` describes and write its scoreboard; the rows come back, best quality first."
+    "Run the race that `cfg` describes and write its scoreboard; the rows come back, real digits first."
     todo = chosen(cfg)
     out = claim(cfg)
     shared = prepare(cfg, out)
@@ -275,9 +277,12 @@ def write_scoreboard(out:Path, rows:list[dict], cfg:RaceConfig):
     write_bytes(out/"scoreboard.md", f"{table(rows)}\n\nProtocol:\n\n{said}\n".encode())
     viz.save(picture(rows), out/"trilemma.png")
 
-def picture(rows:list[dict]):
+def picture(
+    rows:list[dict],   # as `race` gives them
+    title:str="Quality, coverage and time of each method",   # what the picture shows, once someone has looked
+):
     "Quality against time with coverage as colour; the real digits are the floor."
     floor = next(row["quality"] for row in rows if row["method"] == REAL)
     points = [dict(name=row["method"], ms=row["ms_per_image"], frechet=row["quality"], recall=row["coverage"])
               for row in rows if row["method"] != REAL]
-    return viz.trilemma(points, floor, "Fewer evaluations are faster and worse")
+    return viz.trilemma(points, floor, title)
