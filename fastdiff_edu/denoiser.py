@@ -177,4 +177,5 @@ def diffusion_loss(
         t, noise = draw_times(x0, generator, T), randn_like(x0, generator)
         cond = {} if y is None else dict(y=drop_labels(y, drop, generator))
         return denoising_loss(Denoiser(net, schedule, kind), x0, t, noise, weight, **cond)
+    loss_fn.facts = dict(schedule=str(schedule), kind=kind, weight=weight, T=T, drop=drop)   # for checkpoints
     return loss_fn

@@ -11,7 +11,7 @@ __all__ = ['FREE', 'TrainConfig', 'Record', 'Run', 'look', 'on_disk', 'last_good
 
 # %% ../nbs/reference/run.ipynb #2251a27c
 import json, math, shutil, signal, sys, threading, time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,9 +160,15 @@ def save_run(run:Run):
 # %% ../nbs/reference/run.ipynb #c7991804
 FREE = ("steps", "save_every", "keep", "bar")   # settings that change no step
 
-def run_facts(net:nn.Module, n:int, cfg:TrainConfig) -> dict:
-    "What makes a run this run and no other: settings, network, rows of the data."
-    return {"config": plain(cfg), "net": describe(net), "data": {"length": n}}
+def run_facts(
+    net:nn.Module,
+    n:int,             # rows of the data
+    cfg:TrainConfig,
+    loss_fn:Callable,  # its `facts`, where it has some, say what the network learns
+) -> dict:
+    "What makes a run this run and no other: settings, network, rows of the data, loss."
+    facts = getattr(loss_fn, "facts", {})
+    return {"config": plain(cfg), "net": describe(net), "data": {"length": n}, "loss": plain(facts)}
 
 def check_same_run(manifest:dict, run:Run):
     "Refuse to go on with another run's checkpoint, or to go back."

@@ -128,7 +128,7 @@ def step_optimizer(opt:torch.optim.Optimizer, lr:float):
 
 # %% ../nbs/reference/train.ipynb #c9139ef7
 def start(
-    net:nn.Module, data, cfg:TrainConfig,  # as in `train`
+    loss_fn:Callable, net:nn.Module, data, cfg:TrainConfig,   # as in `train`
     out:str|Path|None,                     # as in `train`
 ) -> Run:                                  # before its first step, or where it stopped
     "Check what came, and set up a run or take it up again."
@@ -136,7 +136,7 @@ def start(
     require(any(True for _ in net.parameters()), "The network has no parameters: there is nothing to train.")
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     out = None if out is None else writable_folder(out)
-    run = Run(net, ema, make_optimizer(net, cfg), cfg, out, run_facts(net, data_length(data), cfg))
+    run = Run(net, ema, make_optimizer(net, cfg), cfg, out, run_facts(net, data_length(data), cfg, loss_fn))
     if run.out: resume(run)
     return run
 
@@ -149,7 +149,7 @@ def train(
     out:str|Path|None=None,   # folder of log and checkpoints, where a stopped run goes on; None = no files
 ) -> Iterator[Record]:
     "Train `net`, yielding a `Record` after each step; a resumed run first yields the one where it stopped."
-    run = start(net, data, cfg, out)
+    run = start(loss_fn, net, data, cfg, out)
     draw = batches(data, cfg, run.device)
     with guarded(run):
         if run.record: yield run.record
