@@ -7,11 +7,11 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/viz.html.md"""
 # %% auto #0
 __all__ = ['BLUE', 'RED', 'GREEN', 'PINK', 'ORANGE', 'SKY', 'BLACK', 'YELLOW', 'PALETTE', 'GREY', 'DENSITY', 'WIDTH', 'STYLE',
            'CourseFigure', 'png', 'save', 'use_style', 'axes', 'mosaic', 'sheet', 'sheets', 'scatter', 'plane',
-           'density', 'hist', 'panels', 'flow', 'log_axis', 'curves', 'bars', 'name_points', 'trilemma']
+           'density', 'hist', 'panels', 'flow', 'log_axis', 'curves', 'bars', 'name_points', 'trilemma', 'explore']
 
 # %% ../nbs/reference/viz.ipynb #ad9740a0
 import io, math, sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .core import require, write_bytes
 from .data import to_uint8
+from .sliders import Sliders
 
 # %% ../nbs/reference/viz.ipynb #ce78e9e5
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, YELLOW = PALETTE = (
@@ -346,16 +347,35 @@ def trilemma(
     ax:Axes|None=None,         # where to draw; None = a new figure
 ) -> Figure|None:
     "Quality against time with coverage as colour: the generative learning trilemma."
-    fig, ax = _on(ax, (WIDTH, 4.6))
+    fig, ax = _on(ax, (WIDTH, 5.2))
     xy, recall = [(r["ms"], r["frechet"]) for r in rows], [r["recall"] for r in rows]
     points = ax.scatter(*zip(*xy), 60, recall, cmap="viridis_r", vmin=0, vmax=1, ec=BLACK, linewidths=0.6)
     ax.set(xlabel="milliseconds per image", ylabel="Frechet distance", title=title)
     avoid = [] if floor is None else [
         ax.axhline(floor, color=GREY, linestyle="--", linewidth=1.2),
-        ax.text(1, floor, "held-out real data", transform=ax.get_yaxis_transform(), ha="right", va="bottom")]
+        ax.text(0.01, floor, "held-out real data", transform=ax.get_yaxis_transform(), va="top")]
     ax.margins(0.08, 0.12)
     for axis in (ax.xaxis, ax.yaxis): log_axis(axis)
     bar = ax.get_figure().colorbar(points, ax=ax, label="recall (coverage)", fraction=0.04, pad=0.02)
     bar.outline.set_visible(False)
     name_points(ax, xy, [r["name"] for r in rows], avoid)
     return fig
+
+# %% ../nbs/reference/viz.ipynb #10367e86
+def explore(
+    draw:Callable,              # draw(**values) -> a Figure, or pixels as from `mosaic`
+    start:Sequence|None=None,   # the values that are shown first; None: the first of each
+    zoom:int=6,                 # screen pixels per pixel of an array
+    **choices:Sequence,         # a slider for each name, with these values
+) -> Sliders:
+    "A figure with sliders."
+    def frame(**values):
+        v = draw(**values)
+        return png(v) if isinstance(v, Figure) else _pixels(v.repeat(zoom, 0).repeat(zoom, 1))
+    return Sliders(frame, choices, start)
+
+def _pixels(v:np.ndarray) -> bytes:
+    "An array (H, W) or (H, W, C) of uint8 as a PNG file."
+    out, v = io.BytesIO(), v[..., 0] if v.ndim == 3 and v.shape[2] == 1 else v
+    Image.fromarray(v).save(out, "png", optimize=True)
+    return out.getvalue()

@@ -6,13 +6,13 @@ from course import MODULES, PACKAGE, ROOT, read
 
 LAYERS = [  # within a layer, what stands left may be imported by what stands right of it
     ["core", "check"],
-    ["schedule", "data", "nets", "checkpoint", "run", "train", "viz"],
+    ["schedule", "data", "nets", "checkpoint", "run", "train", "sliders", "viz"],
     ["forward", "metrics"],
     ["denoiser"],
     ["oracle", "sample", "solvers", "guidance"],
     ["ddgan", "distill", "variants"],
     ["guided_distill", "edit"],
-    ["hub", "recipes", "evaluate"],
+    ["hub", "generate", "recipes", "evaluate"],
     ["race", "bench"],
     ["cli"],
 ]
