@@ -22,8 +22,9 @@ from torch import nn
 from .core import best_device, seeded, write_json, writable_folder
 from .denoiser import Denoiser, diffusion_loss
 from .nets.unet import UNet, UNetConfig
-from .sample import ddpm_step, sample_last
+from .sample import ddim_step, ddpm_step, sample_last
 from .schedule import Schedule
+from .solvers import dpmpp_2m_step
 from .train import TrainConfig, fit, train
 
 # %% ../nbs/reference/bench.ipynb #2fb62975
@@ -109,7 +110,7 @@ def resume_difference(cfg:BenchConfig, out:Path) -> float:
     return max((a - b).abs().max().item() for a, b in zip(run("whole", 8), run("stopped", 5, 8)))
 
 # %% ../nbs/reference/bench.ipynb #7a7e54db
-BARS = dict(sampling=1.005, training=1.03, resume=0.0)
+BARS = dict(sampling=1.005, ddim=1.005, multistep=1.008, training=1.03, resume=0.0)
 
 def measure(cfg:BenchConfig) -> dict:
     "Every figure by name, with the machine that it was measured on."
@@ -118,6 +119,8 @@ def measure(cfg:BenchConfig) -> dict:
     net = UNet(UNetConfig(size=32, width=cfg.width, mult=(1, 2), blocks=2, attn=(16,))).to(best_device())
     with tempfile.TemporaryDirectory() as d:
         found = dict(sampling=sampling_ratio(net.eval(), cfg, ddpm_step()),
+                     ddim=sampling_ratio(net, cfg, ddim_step()),
+                     multistep=sampling_ratio(net, cfg, dpmpp_2m_step()),
                      training=training_ratio(net, cfg, Path(d)/"train"),
                      resume=resume_difference(cfg, Path(d)/"resume"))
     return dict(device=machine(net, cfg), torch=torch.__version__, batch=cfg.batch,
@@ -131,6 +134,8 @@ def machine(net:nn.Module, cfg:BenchConfig) -> str:
 
 # %% ../nbs/reference/bench.ipynb #d437cd5f
 WORDS = dict(sampling="sampling, ancestral step: loop over network",
+             ddim="sampling, DDIM step: loop over network",
+             multistep="sampling, DPM-Solver++ 2M: loop over network",
              training="training with EMA, clipping, log: loop over work",
              resume="weights after stop, resume, finish: difference")
 

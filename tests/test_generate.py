@@ -1,0 +1,106 @@
+"`fastdiff sample`: from a checkpoint to an array, a sheet and the facts; what a checkpoint must say."
+import json, subprocess, sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff_edu.cli import main
+from fastdiff_edu.core import BadInput
+from fastdiff_edu.denoiser import Counted, diffusion_loss
+from fastdiff_edu.generate import SampleConfig, generate, load_denoiser, methods, sampler
+from fastdiff_edu.nets.mlp import MLP, MLPConfig
+from fastdiff_edu.nets.unet import UNet, UNetConfig
+from fastdiff_edu.oracle import gaussians_25
+from fastdiff_edu.sample import sample_last
+from fastdiff_edu.schedule import Schedule
+from fastdiff_edu.train import TrainConfig, fit
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A training's folder: a few steps of a tiny network with classes."
+    out = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(8, 1, width=8, mult=(1, 2), blocks=1, attn=(), dropout=0., n_labels=10))
+    data = torch.rand(32, 1, 8, 8) * 2 - 1, torch.arange(32) % 10
+    cfg = TrainConfig(12, batch=8, lr=0.01, warmup=0, bar=False)
+    fit(diffusion_loss(Schedule.cosine(), "v", "snr_plus_1"), net, data, cfg, out)
+    return out
+
+
+def sample(*args, cwd):
+    command = [sys.executable, "-m", "fastdiff_edu", "sample", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_writes_an_array_a_sheet_and_the_facts(run, tmp_path):
+    args = run, "--method", "ddim", "--steps", "5", "--n", "12", "--out"
+    done = sample(*args, "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path/"one").iterdir()} == {"samples.npy", "samples.json", "sheet.png"}
+    x = np.load(tmp_path/"one"/"samples.npy", allow_pickle=False)
+    assert x.shape == (12, 1, 8, 8) and x.dtype == np.uint8 and x.std() > 0
+    facts = json.loads((tmp_path/"one"/"samples.json").read_text())
+    assert facts["evaluations"] == 5 and facts["loss"]["kind"] == "v" and facts["weights"]["which"] == "ema"
+    assert Image.open(tmp_path/"one"/"sheet.png").size > (50, 50)
+    assert sample(*args, "two", cwd=tmp_path).returncode == 0
+    for name in ("samples.npy", "samples.json"):
+        assert (tmp_path/"one"/name).read_bytes() == (tmp_path/"two"/name).read_bytes()
+
+
+@pytest.mark.parametrize("args, words", [
+    ((), "Missing"),
+    (("nowhere",), "There is no 'nowhere'"),
+    (("RUN", "--method", "dimm"), "did you mean 'ddim'"),
+    (("RUN", "--steps", "0"), "want at least 1"),
+    (("RUN", "--method", "heun", "--eta", "1"), "only 'ddim' has an eta"),
+    (("RUN", "--eta", "-1"), "Got eta = -1.0"),
+    (("RUN", "--spacing", "quadratik"), "did you mean 'quadratic'"),
+    (("RUN", "--labels", "3", "12"), "knows 0 to 9"),
+    (("RUN", "--out", "file/below"), "Cannot write to 'file/below'"),
+])
+def test_bad_arguments_are_one_sentence(args, words, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"file").write_text("")
+    assert main(["sample", *(str(run) if a == "RUN" else a for a in args)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.startswith("fastdiff: ") and said.count("\n") == 1
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_is_finite_and_the_same_again(method, run):
+    cfg = SampleConfig(run, method, steps=6, n=4, seed=1)
+    x, facts = generate(cfg, bar=False)
+    assert x.shape == (4, 1, 8, 8) and x.isfinite().all() and facts["evaluations"] >= 6
+    assert x.equal(generate(cfg, bar=False)[0])
+
+
+def test_what_samples_depend_on(run):
+    def x(**kwargs): return generate(SampleConfig(run, steps=3, n=5, **kwargs), bar=False)[0]
+    torch.testing.assert_close(x(), x(batch=2))
+    torch.testing.assert_close(x(), x(labels=(0, 1, 2, 3, 4)))
+    for other in (dict(seed=1), dict(labels=(7,)), dict(labels=(-1,)), dict(raw=True), dict(eta=1.0),
+                  dict(spacing="quadratic")):
+        assert (x() - x(**other)).abs().max() > 1e-6, other
+
+
+def test_a_run_is_not_taken_up_with_another_loss(tmp_path):
+    data, cfg = gaussians_25().sample(64), TrainConfig(2, batch=8, bar=False)
+    def train(loss): fit(loss, MLP(MLPConfig(width=16)), data, cfg, tmp_path)
+    train(diffusion_loss(Schedule.linear()))
+    train(diffusion_loss(Schedule.linear()))
+    for loss, words in ((diffusion_loss(Schedule.cosine()), "loss.schedule is Schedule.linear"),
+                        (diffusion_loss(Schedule.linear(), "v"), "loss.kind is eps there and v here")):
+        with pytest.raises(BadInput, match=words): train(loss)
+    assert load_denoiser(tmp_path).kind == "eps"
+
+
+def test_dpm_fast_takes_exactly_as_many_evaluations():
+    model = gaussians_25().denoiser(Schedule.cosine())
+    for n in range(1, 14):
+        counted, (step, grid) = Counted(model), sampler("dpm-fast", n, model.schedule)
+        sample_last(step, counted, torch.randn(3, 2), grid)
+        assert counted.nfe == n
