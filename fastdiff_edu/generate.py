@@ -113,7 +113,7 @@ class SampleConfig:
     batch:int = 256               # samples at a time
     raw:bool = False              # the last weights instead of the averaged ones
     no_clip:bool = False          # leave the guessed image as it is; else it is kept in [-1, 1]
-    out:Path = Path("samples")    # folder for what is written
+    out:Path = Path("runs/samples")   # folder for what is written
 
     def __post_init__(self):
         for name in ("steps", "n", "batch"):
