@@ -182,8 +182,9 @@ def optimizer_state(opt:torch.optim.Optimizer, net:nn.Module) -> dict[str,Tensor
 
 def load_optimizer(opt:torch.optim.Optimizer, net:nn.Module, tensors:dict[str,Tensor]):
     "The way back from `optimizer_state`."
-    index, state = {name: i for i, (name, _) in enumerate(net.named_parameters())}, {}
+    index, state = {name: (i, p) for i, (name, p) in enumerate(net.named_parameters())}, {}
     for k, v in tensors.items():
         key, name = k.split(":", 1)
-        state.setdefault(index[name], {})[key] = v
+        i, p = index[name]      # fused kernels want a weight's memory in the layout of the weight
+        state.setdefault(i, {})[key] = torch.empty_like(p).copy_(v) if v.shape == p.shape else v
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})

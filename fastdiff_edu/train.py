@@ -6,9 +6,9 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/train.html.md"""
 
 # %% auto #0
 __all__ = ['data_order', 'check_data', 'check_finite', 'data_length', 'batches', 'to_device', 'randomness', 'learning_rate',
-           'ema_decay', 'update_ema', 'make_optimizer', 'step_optimizer', 'start', 'train', 'scalar_loss', 'fit',
-           'TrainConfig', 'Record', 'Checkpoint', 'load_checkpoint', 'save_checkpoint', 'read_log', 'first_difference',
-           'shows_bar']
+           'ema_decay', 'update_ema', 'make_optimizer', 'step_optimizer', 'parts', 'gradient', 'scalar_loss', 'start',
+           'train', 'fit', 'TrainConfig', 'Record', 'Checkpoint', 'load_checkpoint', 'save_checkpoint', 'read_log',
+           'first_difference', 'shows_bar']
 
 # %% ../nbs/reference/train.ipynb #4a0e5fd8
 import copy, math
@@ -126,6 +126,35 @@ def step_optimizer(opt:torch.optim.Optimizer, lr:float):
     for group in opt.param_groups: group["lr"] = lr
     opt.step()
 
+# %% ../nbs/reference/train.ipynb #d1468784
+def parts(
+    batch:Tensor|tuple,   # rows first, in every tensor
+    n:int,                # equal parts
+) -> list:
+    "A batch as `n` smaller ones."
+    if isinstance(batch, tuple): return list(zip(*(b.chunk(n) for b in batch)))
+    return list(batch.chunk(n))
+
+def gradient(
+    loss_fn:Callable, net:nn.Module,   # as in `train`; `net` may be compiled
+    batch:Tensor|tuple, generator:torch.Generator,
+    cfg:TrainConfig,
+) -> Tensor:   # the loss, 0-d, without a graph
+    "Add the gradient of a batch's loss to the weights'."
+    total, bf16 = 0., cfg.precision == "bf16"
+    for part in parts(batch, cfg.accumulate):
+        with torch.autocast(generator.device.type, torch.bfloat16, enabled=bf16):
+            loss = scalar_loss(loss_fn(net, part, generator)) / cfg.accumulate
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+def scalar_loss(loss:Tensor) -> Tensor:
+    "The loss itself, if it is one number."
+    came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    require(came == (), f"loss_fn gave {came} where a 0-d tensor is wanted: return the mean over the batch.")
+    return loss
+
 # %% ../nbs/reference/train.ipynb #c9139ef7
 def start(
     loss_fn:Callable, net:nn.Module, data, cfg:TrainConfig,   # as in `train`
@@ -134,6 +163,7 @@ def start(
     "Check what came, and set up a run or take it up again."
     check_data(data)
     require(any(True for _ in net.parameters()), "The network has no parameters: there is nothing to train.")
+    if cfg.channels_last: net.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     out = None if out is None else writable_folder(out)
     run = Run(net, ema, make_optimizer(net, cfg), cfg, out, run_facts(net, data_length(data), cfg, loss_fn))
@@ -150,29 +180,21 @@ def train(
 ) -> Iterator[Record]:
     "Train `net`, yielding a `Record` after each step; a resumed run first yields the one where it stopped."
     run = start(loss_fn, net, data, cfg, out)
-    draw = batches(data, cfg, run.device)
+    draw, forward = batches(data, cfg, run.device), torch.compile(net) if cfg.compile else net
     with guarded(run):
         if run.record: yield run.record
         for s in steps_left(run):
             with randomness(cfg.seed, s, run.device) as generator:
-                batch = draw(s, generator)
-                loss = scalar_loss(loss_fn(net, batch, generator))
                 run.opt.zero_grad()
-                loss.backward()
+                loss = gradient(loss_fn, forward, draw(s, generator), generator, cfg)
             lr, clip = learning_rate(cfg, s), cfg.clip or math.inf
             norm = nn.utils.clip_grad_norm_(net.parameters(), clip, foreach=True)
             step_optimizer(run.opt, lr)
             update_ema(run.ema, net, ema_decay(cfg, s))
-            after_step(run, Record(s + 1, loss.detach(), lr, norm, net, run.ema))
+            after_step(run, Record(s + 1, loss, lr, norm, net, run.ema))
             yield run.record
 
 # %% ../nbs/reference/train.ipynb #b6b346de
-def scalar_loss(loss:Tensor) -> Tensor:
-    "The loss itself, if it is one number."
-    came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-    require(came == (), f"loss_fn gave {came} where a 0-d tensor is wanted: return the mean over the batch.")
-    return loss
-
 def fit(loss_fn:Callable, net:nn.Module, data, cfg:TrainConfig, out:str|Path|None=None) -> nn.Module:
     "Run `train` to its end; the averaged network comes back."
     for record in train(loss_fn, net, data, cfg, out): pass
