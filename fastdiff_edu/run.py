@@ -6,8 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/run.html.md"""
 
 # %% auto #0
 __all__ = ['FREE', 'USUAL', 'TrainConfig', 'check_config', 'Record', 'Run', 'look', 'on_disk', 'last_good', 'write_log',
-           'read_log', 'cut_log', 'save_run', 'run_facts', 'check_same_run', 'resume', 'restore_account', 'leave',
-           'guarded', 'shows_bar', 'steps_left', 'after_step']
+           'read_log', 'cut_log', 'save_run', 'run_facts', 'check_same_run', 'resume', 'tidy', 'restore_account',
+           'leave', 'guarded', 'shows_bar', 'steps_left', 'after_step']
 
 # %% ../nbs/reference/run.ipynb #2251a27c
 import json, math, shutil, signal, sys, threading, time
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .checkpoint import (checkpoints, describe, discard, first_difference, flush, load_checkpoint,
                                      load_optimizer, optimizer_state, plain, save_checkpoint)
 from .core import RunFailed, in_test, require, require_one_of, write_bytes
+from .ranks import everyone, rank
 
 # %% ../nbs/reference/run.ipynb #44feaaf2
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TrainConfig:
     save_every:int = 1000    # updates per checkpoint: the most that a kill can cost
     keep:int = 2             # newest checkpoints that stay: one to go on from, one in case it is damaged
     bar:bool = True          # a progress bar, where there is someone to look at it
-    accumulate:int = 1       # parts of a batch that go through the network one by one, where memory is short
+    parts:int = 1            # of a batch: one after the other where memory is short, or dealt to processes
     precision:str = "float32"    # or "bf16": in autocast; weights, loss and average stay in float32
     channels_last:bool = False   # the layout of images that tensor cores want
     compile:bool = False         # the network by torch.compile
@@ -53,7 +54,7 @@ class TrainConfig:
 # %% ../nbs/reference/run.ipynb #3f084c4e
 def check_config(c:TrainConfig):
     "Refuse settings that no run can have."
-    lows = dict(steps=1, batch=1, warmup=0, log_every=1, save_every=1, keep=1, accumulate=1)
+    lows = dict(steps=1, batch=1, warmup=0, log_every=1, save_every=1, keep=1, parts=1)
     for name, low in lows.items():
         v = getattr(c, name)
         require(type(v) is int and v >= low, f"Got {name} = {v}: give a whole number, at least {low}.")
@@ -61,7 +62,7 @@ def check_config(c:TrainConfig):
     require(0 <= c.ema < 1, f"Got ema = {c.ema}: give a decay from 0 to below 1.")
     require(c.clip is None or c.clip > 0, f"Got clip = {c.clip}: give a positive norm, or None.")
     require(0 <= c.weight_decay < math.inf, f"Got weight_decay = {c.weight_decay}: give 0 or more.")
-    require(c.batch % c.accumulate == 0, f"Got batch = {c.batch} in {c.accumulate} parts: make them equal.")
+    require(c.batch % c.parts == 0, f"Got batch = {c.batch} in {c.parts} parts: make them equal.")
     require_one_of(c.precision, ("float32", "bf16"), "precision")
 
 # %% ../nbs/reference/run.ipynb #dbbed8bb
@@ -193,16 +194,22 @@ def check_same_run(manifest:dict, run:Run):
 # %% ../nbs/reference/run.ipynb #ad41c8b7
 def resume(run:Run):
     "Put a run back to its newest checkpoint; a new one saves its first weights, so that there always is one."
-    for stale in run.out.glob(".*.tmp"): shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    if not checkpoints(run.out):
-        cut_log(run.out, 0, run.cfg)
-        return save_run(run)
+    if rank() == 0: tidy(run)
+    everyone()              # the others read what rank 0 has written
     saved = load_checkpoint(run.out)
     check_same_run(saved.manifest, run)
     saved.load_into(run.net, "net"); saved.load_into(run.ema, "ema")
     load_optimizer(run.opt, run.net, saved.tensors("optimizer"))
     restore_account(run, saved.manifest)
-    cut_log(run.out, run.step, run.cfg)
+    if rank() == 0: cut_log(run.out, run.step, run.cfg)
+    else: run.out = None    # rank 0 alone writes
+
+def tidy(run:Run):
+    "Remove what a kill left half written, and see to it that there is a checkpoint."
+    for stale in run.out.glob(".*.tmp"): shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    if not checkpoints(run.out):
+        cut_log(run.out, 0, run.cfg)
+        save_run(run)
 
 def restore_account(run:Run, manifest:dict):
     "The host's account as it stood when the checkpoint was saved."
@@ -224,11 +231,12 @@ def leave(run:Run):
 def guarded(run:Run):
     "While it lasts, SIGTERM saves the run and a bar shows it; then the old handler is back and the bar gone."
     def on_sigterm(*_):
+        if rank(): return       # rank 0 saves and leaves, and the others with it
         run.stop = True
         if run.resting: leave(run)
     todo = range(run.step, run.cfg.steps)
     run.bar = progress_bar(todo, leave=False) if todo and shows_bar(run.cfg) else None
-    takes = run.out is not None and threading.current_thread() is threading.main_thread()
+    takes = (run.out is not None or rank() > 0) and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, on_sigterm) if takes else None
     run.resting = True
     try: yield
@@ -238,7 +246,7 @@ def guarded(run:Run):
 
 def shows_bar(cfg:TrainConfig) -> bool:
     "Is there someone to look at a bar: a notebook or a terminal?"
-    return cfg.bar and not in_test() and (fastprogress_core.IN_NOTEBOOK or sys.stdout.isatty())
+    return cfg.bar and rank() == 0 and not in_test() and (fastprogress_core.IN_NOTEBOOK or sys.stdout.isatty())
 
 # %% ../nbs/reference/run.ipynb #9fae64f1
 def steps_left(run:Run) -> Iterator[int]:

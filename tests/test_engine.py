@@ -38,7 +38,7 @@ def still() -> UNet: return net().eval()   # no dropout
 
 
 def test_parts_of_a_batch_are_the_batch():
-    whole, parts = (next(train(fixed, still(), data(), config(accumulate=k))) for k in (1, 4))
+    whole, parts = (next(train(fixed, still(), data(), config(parts=k))) for k in (1, 4))
     assert_close(parts.loss, whole.loss, rtol=1e-5, atol=0)
     assert_close(parts.grad_norm, whole.grad_norm, rtol=1e-5, atol=0)
 
@@ -61,8 +61,8 @@ def test_bf16_is_near_and_its_weights_are_float32():
     assert not b.equal(a) and all(p.dtype == torch.float32 for p in records["bf16"][-1].ema.parameters())
 
 
-@pytest.mark.parametrize("option", [dict(accumulate=2), dict(precision="bf16"), dict(channels_last=True),
-                                    dict(accumulate=4, precision="bf16", channels_last=True)], ids=str)
+@pytest.mark.parametrize("option", [dict(parts=2), dict(precision="bf16"), dict(channels_last=True),
+                                    dict(parts=4, precision="bf16", channels_last=True)], ids=str)
 def test_resuming_changes_nothing(option, tmp_path):
     whole = fit(LOSS, net(), data(), config(**option), tmp_path/"whole")
     for steps in (3, 6): stopped = fit(LOSS, net(), data(), config(steps, **option), tmp_path/"stopped")
@@ -74,14 +74,14 @@ def test_a_run_keeps_its_options_and_an_older_one_had_the_usual(tmp_path):
     with pytest.raises(BadInput, match="config.precision is float32 there and bf16 here"):
         fit(LOSS, net(), data(), config(4, precision="bf16"), tmp_path)
     saved = load_checkpoint(tmp_path)
-    for name in ("accumulate", "precision", "channels_last", "compile"): del saved.manifest["config"][name]
+    for name in ("parts", "precision", "channels_last", "compile"): del saved.manifest["config"][name]
     write_json(saved.path/"manifest.json", {**saved.manifest, "seal": seal(saved.manifest)})
     fit(LOSS, net(), data(), config(4), tmp_path)
     assert load_checkpoint(tmp_path).manifest["step"] == 4
 
 
 @pytest.mark.parametrize("bad, words", [
-    (dict(accumulate=3), "make them equal"), (dict(accumulate=0), "at least 1"),
+    (dict(parts=3), "make them equal"), (dict(parts=0), "at least 1"),
     (dict(precision="fp16"), "Unknown precision 'fp16'")], ids=str)
 def test_bad_options(bad, words):
     with pytest.raises(BadInput, match=words): config(**bad)

@@ -6,7 +6,7 @@ from course import MODULES, PACKAGE, ROOT, read
 
 LAYERS = [  # within a layer, what stands left may be imported by what stands right of it
     ["core", "check"],
-    ["schedule", "data", "nets", "checkpoint", "run", "train", "sliders", "viz"],
+    ["schedule", "data", "packed", "nets", "checkpoint", "ranks", "run", "train", "sliders", "viz"],
     ["forward", "metrics"],
     ["denoiser"],
     ["oracle", "sample", "solvers", "guidance"],
