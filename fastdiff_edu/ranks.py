@@ -24,7 +24,7 @@ def world() -> int: return dist.get_world_size() if together() else 1
 
 @contextmanager
 def joined() -> Iterator[torch.device|None]:
-    "Join the processes that torchrun has started, for a while; yields this one's device, None when it is alone."
+    "Join the processes that torchrun has started, for a while; yields this one's device, None when alone."
     if "WORLD_SIZE" not in os.environ or together():
         yield None
         return

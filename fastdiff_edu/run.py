@@ -236,7 +236,8 @@ def guarded(run:Run):
         if run.resting: leave(run)
     todo = range(run.step, run.cfg.steps)
     run.bar = progress_bar(todo, leave=False) if todo and shows_bar(run.cfg) else None
-    takes = (run.out is not None or rank() > 0) and threading.current_thread() is threading.main_thread()
+    in_main = threading.current_thread() is threading.main_thread()
+    takes = in_main and (run.out is not None or rank() > 0)
     before = signal.signal(signal.SIGTERM, on_sigterm) if takes else None
     run.resting = True
     try: yield

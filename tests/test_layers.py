@@ -7,7 +7,7 @@ from course import MODULES, PACKAGE, ROOT, read
 LAYERS = [  # within a layer, what stands left may be imported by what stands right of it
     ["core", "check"],
     ["schedule", "data", "packed", "nets", "checkpoint", "ranks", "run", "train", "sliders", "viz"],
-    ["forward", "metrics"],
+    ["forward", "metrics", "features"],
     ["denoiser"],
     ["oracle", "sample", "solvers", "guidance"],
     ["ddgan", "distill", "variants"],
