@@ -247,7 +247,8 @@ def guarded(run:Run):
 
 def shows_bar(cfg:TrainConfig) -> bool:
     "Is there someone to look at a bar: a notebook or a terminal?"
-    return cfg.bar and rank() == 0 and not in_test() and (fastprogress_core.IN_NOTEBOOK or sys.stdout.isatty())
+    seen = fastprogress_core.IN_NOTEBOOK or sys.stdout.isatty()
+    return cfg.bar and seen and rank() == 0 and not in_test()
 
 # %% ../nbs/reference/run.ipynb #9fae64f1
 def steps_left(run:Run) -> Iterator[int]:
