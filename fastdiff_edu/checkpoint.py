@@ -7,11 +7,11 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/checkpoint.html.md""
 # %% auto #0
 __all__ = ['STEP', 'flush', 'discard', 'checkpoints', 'seal', 'write_state', 'save_checkpoint', 'first_difference', 'damaged',
            'read_manifest', 'check_file', 'Checkpoint', 'read_tensors', 'shapes', 'load_checkpoint', 'plain',
-           'describe', 'optimizer_state', 'load_optimizer']
+           'describe', 'filled', 'optimizer_state', 'load_optimizer']
 
 # %% ../nbs/reference/checkpoint.ipynb #4c37ae70
 import hashlib, json, os, re, shutil
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import safetensors.torch, torch
@@ -134,7 +134,7 @@ class Checkpoint:
     def load_into(self, net:nn.Module, which:str="ema") -> nn.Module:
         "Put saved weights into `net`, which is returned; one sentence when they are another network's."
         tensors, known = self.tensors(which), self.manifest.get("net")
-        gap = first_difference({"net": known}, {"net": describe(net)}) if known else None
+        gap = first_difference({"net": filled(known, net)}, {"net": describe(net)}) if known else None
         gap = gap or first_difference(shapes(tensors), shapes(net.state_dict()))
         require(gap is None, f"'{self.path}' holds another network ({gap}): build the one that was trained.")
         net.load_state_dict(tensors)
@@ -172,6 +172,13 @@ def plain(value):
 def describe(net:nn.Module) -> dict:
     "A network's type and configuration."
     return {"type": type(net).__name__, "config": plain(getattr(net, "config", None))}
+
+def filled(known:dict, net:nn.Module) -> dict:
+    "A stored `describe`, with the usual value of every option of `net` that is younger than it."
+    config = getattr(net, "config", None)
+    if not is_dataclass(config) or known.get("type") != type(net).__name__: return known
+    usual = plain({f.name: f.default for f in fields(config) if f.default is not MISSING})
+    return {**known, "config": {**usual, **known["config"]}}
 
 # %% ../nbs/reference/checkpoint.ipynb #01d54168
 def optimizer_state(opt:torch.optim.Optimizer, net:nn.Module) -> dict[str,Tensor]:

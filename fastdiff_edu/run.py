@@ -23,7 +23,7 @@ from fastprogress import core as fastprogress_core, progress_bar
 from torch import Tensor, nn
 
 from .checkpoint import (checkpoints, describe, discard, first_difference, flush, load_checkpoint,
-                                     load_optimizer, optimizer_state, plain, save_checkpoint)
+                                     load_optimizer, optimizer_state, filled, plain, save_checkpoint)
 from .core import RunFailed, in_test, require, require_one_of, write_bytes
 from .ranks import everyone, rank
 
@@ -186,7 +186,8 @@ def run_facts(
 def check_same_run(manifest:dict, run:Run):
     "Refuse to go on with another run's checkpoint, or to go back."
     fixed = lambda facts: {k: {n: v for n, v in facts.get(k, {}).items() if n not in FREE} for k in run.facts}
-    gap = first_difference(fixed({**manifest, "config": {**USUAL, **manifest["config"]}}), fixed(run.facts))
+    then = {**manifest, "config": {**USUAL, **manifest["config"]}, "net": filled(manifest["net"], run.net)}
+    gap = first_difference(fixed(then), fixed(run.facts))
     require(gap is None, f"The folder '{run.out}' holds another run ({gap}): give another folder.")
     step, steps = manifest["step"], run.cfg.steps
     require(step <= steps, f"The run in '{run.out}' is at step {step} already: give more steps than {steps}.")
