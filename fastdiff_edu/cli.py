@@ -48,6 +48,7 @@ def run_sample(cfg:SampleConfig):
     viz.save(viz.sheet(x[:100], title=title) if images else viz.scatter(x, title=title), out/"sheet.png")
     print(f"{len(x)} samples, {title}: samples.npy, samples.json and sheet.png are in {out}")
 
+# %% ../nbs/reference/cli.ipynb #bfd45dba
 def run_prepare(cfg:PrepareConfig):
     "Pack a set of images, and say under which licence it stands."
     folders = prepare(cfg)

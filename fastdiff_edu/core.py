@@ -123,7 +123,7 @@ def writable_folder(
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_bytes(path/".probe", b"").unlink()
+        write_bytes(path/".probe", b"").unlink(missing_ok=True)   # another process may be as quick
     except OSError as e:
         raise BadInput(f"Cannot write to '{path}' ({e.strerror}): choose another folder.") from None
     return path
