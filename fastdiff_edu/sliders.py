@@ -12,6 +12,7 @@ import base64, json, os, sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
+from importlib.util import find_spec
 from itertools import product
 
 from .core import require
@@ -77,7 +78,8 @@ def live(s:Sliders):
 # %% ../nbs/reference/sliders.ipynb #bad122d3
 def _show(s:Sliders):
     "What a notebook does with a `Sliders` that a cell ends with."
-    if not someone_looks(): raise NotImplementedError   # then IPython asks for `_repr_mimebundle_`
+    alive = someone_looks() and find_spec("ipywidgets")
+    if not alive: raise NotImplementedError   # then IPython asks for `_repr_mimebundle_`
     from IPython.display import display
     display(live(s))
 

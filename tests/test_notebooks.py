@@ -153,6 +153,7 @@ def test_outputs_are_stored_and_clean(path):
         if cell["cell_type"] != "code": continue
         source, outputs = cell["source"], cell["outputs"]
         assert cell["execution_count"] is None, "run nbdev-clean"
+        assert not any("widget" in kind for out in outputs for kind in out.get("data", {})), "a dead widget"
         assert outputs or not prints(cell), f"no output is stored, run the notebook:\n{source}"
         assert pictures(cell) or not draws(cell), f"no picture is stored, run the notebook:\n{source}"
         assert all(len(p) > 1000 for p in pictures(cell)), f"an empty picture is stored:\n{source}"
