@@ -6,11 +6,12 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/core.html.md"""
 
 # %% auto #0
 __all__ = ['BadInput', 'RunFailed', 'require', 'require_one_of', 'bcast', 'batch_t', 'same_shape', 'fold_seed', 'seeded',
-           'randn_like', 'write_bytes', 'write_json', 'writable_folder', 'in_test', 'best_device']
+           'randn_like', 'write_bytes', 'write_json', 'writable_folder', 'in_test', 'best_device', 'tf32']
 
 # %% ../nbs/reference/core.ipynb #19c9277a
 import difflib, hashlib, json, os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -137,3 +138,14 @@ def best_device() -> torch.device:
     "CUDA when there is one, then Apple's MPS, then the CPU."
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+# %% ../nbs/reference/core.ipynb #ae7187b8
+@contextmanager
+def tf32(on:bool) -> Iterator[None]:
+    "Allow TF32 in products of matrices and in convolutions, or forbid it, while it lasts."
+    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [place.allow_tf32 for place in places]
+    for place in places: place.allow_tf32 = on
+    try: yield
+    finally:
+        for place, was in zip(places, before): place.allow_tf32 = was

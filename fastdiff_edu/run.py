@@ -6,8 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/run.html.md"""
 
 # %% auto #0
 __all__ = ['FREE', 'USUAL', 'TrainConfig', 'check_config', 'Record', 'Run', 'look', 'on_disk', 'last_good', 'write_log',
-           'read_log', 'cut_log', 'save_run', 'run_facts', 'check_same_run', 'resume', 'tidy', 'restore_account',
-           'leave', 'guarded', 'shows_bar', 'steps_left', 'after_step']
+           'read_log', 'cut_log', 'save_run', 'run_facts', 'data_length', 'check_same_run', 'resume', 'tidy',
+           'restore_account', 'leave', 'guarded', 'shows_bar', 'steps_left', 'after_step']
 
 # %% ../nbs/reference/run.ipynb #2251a27c
 import json, math, shutil, signal, sys, threading, time
@@ -31,10 +31,11 @@ from .ranks import everyone, rank
 @dataclass(frozen=True)
 class TrainConfig:
     "One run of `train`; the defaults are DDPM's for CIFAR-10 (Ho et al. 2020, scripts/run_cifar.py)."
-    steps:int                # updates of the weights; no step depends on it, so it may be raised later
+    steps:int                # updates of the weights; may be raised later, unless the rate is annealed
     batch:int = 128          # rows per update (DDPM)
     lr:float = 2e-4          # Adam's rate after the warm-up (DDPM)
     warmup:int = 5000        # updates in which the rate grows, while Adam's variances are young (DDPM)
+    anneal:bool = False      # after the warm-up, let the rate fall linearly, to 0 after the last update
     ema:float = 0.9999       # decay of the averaged weights, the ones to sample with (DDPM)
     ema_warmup:bool = False  # decay at most (1+s)/(10+s), so that a short run forgets its start (TensorFlow)
     clip:float|None = 1.0    # largest global norm of a gradient (DDPM); None = no limit
@@ -45,7 +46,7 @@ class TrainConfig:
     keep:int = 2             # newest checkpoints that stay: one to go on from, one in case it is damaged
     bar:bool = True          # a progress bar, where there is someone to look at it
     parts:int = 1            # of a batch: one after the other where memory is short, or dealt to processes
-    precision:str = "float32"    # or "bf16": in autocast; weights, loss and average stay in float32
+    precision:str = "float32"    # "tf32", "bf16" (autocast; weights and average stay in float32)
     channels_last:bool = False   # the layout of images that tensor cores want
     compile:bool = False         # the network by torch.compile
 
@@ -63,7 +64,7 @@ def check_config(c:TrainConfig):
     require(c.clip is None or c.clip > 0, f"Got clip = {c.clip}: give a positive norm, or None.")
     require(0 <= c.weight_decay < math.inf, f"Got weight_decay = {c.weight_decay}: give 0 or more.")
     require(c.batch % c.parts == 0, f"Got batch = {c.batch} in {c.parts} parts: make them equal.")
-    require_one_of(c.precision, ("float32", "bf16"), "precision")
+    require_one_of(c.precision, ("float32", "tf32", "bf16"), "precision")
 
 # %% ../nbs/reference/run.ipynb #dbbed8bb
 class Record(NamedTuple):
@@ -175,17 +176,21 @@ USUAL = plain(TrainConfig(1))                   # what a checkpoint without a ne
 
 def run_facts(
     net:nn.Module,
-    n:int,             # rows of the data
+    data,              # as in `train`; its `facts`, where it has some, say what it is
     cfg:TrainConfig,
     loss_fn:Callable,  # its `facts`, where it has some, say what the network learns
 ) -> dict:
-    "What makes a run this run and no other: settings, network, rows of the data, loss."
-    facts = getattr(loss_fn, "facts", {})
-    return {"config": plain(cfg), "net": describe(net), "data": {"length": n}, "loss": plain(facts)}
+    "What makes a run this run and no other: settings, network, data, loss."
+    loss, rows = (getattr(v, "facts", {}) for v in (loss_fn, data))
+    return {"config": plain(cfg), "net": describe(net), "loss": plain(loss),
+            "data": {"length": data_length(data), **plain(rows)}}
+
+def data_length(data) -> int: return len(data[0] if type(data) is tuple else data)
 
 def check_same_run(manifest:dict, run:Run):
     "Refuse to go on with another run's checkpoint, or to go back."
-    fixed = lambda facts: {k: {n: v for n, v in facts.get(k, {}).items() if n not in FREE} for k in run.facts}
+    free = [k for k in FREE if k != "steps" or not run.cfg.anneal]
+    fixed = lambda facts: {k: {n: v for n, v in facts.get(k, {}).items() if n not in free} for k in run.facts}
     then = {**manifest, "config": {**USUAL, **manifest["config"]}, "net": filled(manifest["net"], run.net)}
     gap = first_difference(fixed(then), fixed(run.facts))
     require(gap is None, f"The folder '{run.out}' holds another run ({gap}): give another folder.")
