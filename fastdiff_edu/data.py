@@ -6,7 +6,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/data.html.md"""
 
 # %% auto #0
 __all__ = ['DIGITS_SPLITS', 'GaussianMixture', 'gaussians_25', 'two_gaussians', 'ring', 'swiss_roll', 'to_unit', 'to_uint8',
-           'Images', 'digits']
+           'Images', 'sent', 'digits']
 
 # %% ../nbs/reference/data.ipynb #816ddc33
 import hashlib, math
@@ -187,24 +187,31 @@ class Images:
 
     def __len__(self) -> int: return len(self.x)
 
+    @property
+    def device(self) -> torch.device: return self.x.device
+
     def to(self, device:str|torch.device) -> "Images":
         "The same images on `device`."
         return Images(self.x.to(device), self.y.to(device), self.flip)
 
-# %% ../nbs/reference/data.ipynb #c836da29
+# %% ../nbs/reference/data.ipynb #49d4d321
+def sent(v:Tensor, device:torch.device) -> Tensor:
+    "`v` on its way to `device`; a GPU fetches it without anybody's waiting."
+    return v.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else v.to(device)
+
 @patch
 def batch(self:Images,
     index:Tensor,                         # which images, (B,) long
-    generator:torch.Generator|None=None,  # draws the flips
+    generator:torch.Generator|None=None,  # draws the flips; what is on the host goes to its device
 ) -> tuple[Tensor, Tensor]:               # x0 (B, C, H, W) float32 in [-1, 1], y (B,)
     "The images at `index` as floats, with their labels."
-    index = index.to(self.x.device)
-    x = self.x[index]
+    index = index.to(self.device)
+    x, y, home = self.x[index], self.y[index], generator.device if generator else self.device
+    if self.device.type == "cpu" != home.type: x, y = sent(x, home), sent(y, home)
     if self.flip:
-        device = x.device if generator is None else generator.device
-        mirror = torch.rand(len(x), generator=generator, device=device).to(x.device) < 0.5
+        mirror = torch.rand(len(x), generator=generator, device=home).to(x.device) < 0.5
         x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
-    return to_unit(x), self.y[index]
+    return to_unit(x), y
 
 @patch(as_prop=True)
 def sha256(self:Images) -> str:

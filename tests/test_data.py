@@ -1,9 +1,10 @@
 "The toy densities and the digits: against independent implementations, and what a notebook cannot check."
-import hashlib, math, subprocess, sys
+import hashlib, math, subprocess, sys, types
 
 import numpy as np, pytest, torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from fastdiff_edu import data
 from fastdiff_edu.core import BadInput, seeded
 from fastdiff_edu.data import (DIGITS_SPLITS, GaussianMixture, Images, digits, gaussians_25, ring, swiss_roll,
                                to_uint8, to_unit, two_gaussians)
@@ -149,6 +150,60 @@ def test_batches_of_images():
     mirrored = (a == to_unit(images.x.flip(-1))).flatten(1).all(1)
     assert (straight | mirrored).all() and abs(straight.double().mean() - 0.5) < 5*0.5/1297**0.5
     assert flipping.to("cpu").flip
+
+
+FLIPPED = "13d080dc941c770e0df0de29f6b7b1c3e7f98adf26da287513f5b3291033a017"
+
+
+def test_batches_on_the_host_stay_what_they_were():
+    images, index = digits("train"), torch.randperm(1297, generator=seeded(0))[:200]
+    x, y = Images(images.x, images.y, flip=True).batch(index, seeded(1))   # some of them mirrored
+    assert hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest() == FLIPPED
+    mirror = torch.rand(200, generator=seeded(1)) < 0.5
+    by_hand = images.x[index]
+    by_hand[mirror] = by_hand[mirror].flip(-1)
+    assert x.equal(to_unit(by_hand)) and y.equal(images.y[index]) and images.device == torch.device("cpu")
+
+
+def test_bytes_travel_and_floats_are_made_there(monkeypatch):
+    "A generator elsewhere: what the host sends is uint8, and all the rest happens where it arrives."
+    elsewhere, went = torch.device("meta"), []
+    def sent(v, device): went.append((v.dtype, v.device.type, device)); return v.to(device)
+    def rand(*size, generator, device): went.append(device); return torch.zeros(size, device=device)
+    monkeypatch.setattr(data, "sent", sent)
+    monkeypatch.setattr(torch, "rand", rand)
+    images = Images(digits("test").x, digits("test").y, flip=True)
+    x, y = images.batch(torch.arange(7), types.SimpleNamespace(device=elsewhere))
+    assert went == [(torch.uint8, "cpu", elsewhere), (torch.long, "cpu", elsewhere), elsewhere]
+    assert x.device == y.device == elsewhere and x.dtype == torch.float32 and x.shape == (7, 1, 8, 8)
+    went.clear()
+    there = images.to("meta")
+    assert there.device == elsewhere and there.batch(torch.arange(7), seeded(0))[0].device == elsewhere
+    assert went == [torch.device("cpu")], "images that are there already stay, wherever the flips are drawn"
+
+
+def test_what_a_gpu_fetches_is_pinned(monkeypatch):
+    calls = []
+    class Bytes:
+        def pin_memory(self): calls.append("pinned"); return self
+        def to(self, device, non_blocking=False): calls.append((device.type, non_blocking)); return self
+    for device in ("cuda", "cpu", "mps"): data.sent(Bytes(), torch.device(device))
+    assert calls == ["pinned", ("cuda", True), ("cpu", False), ("mps", False)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_nobody_waits_for_a_gpu():
+    images, index = digits("train"), torch.arange(100)
+    for home in ("cpu", "cuda"):
+        there = Images(images.x, images.y, flip=True).to(home)
+        draws, rows = seeded(0, device="cuda"), index.to(home)
+        torch.cuda.set_sync_debug_mode("error")
+        try: x, y = there.batch(rows, draws)
+        finally: torch.cuda.set_sync_debug_mode("default")
+        assert x.device.type == y.device.type == "cuda" and y.cpu().equal(images.y[index])
+        levels, known = to_uint8(x.cpu()), images.x[index]
+        straight, mirrored = ((levels == k).flatten(1).all(1) for k in (known, known.flip(-1)))
+        assert (straight | mirrored).all() and not straight.all()
 
 
 def test_importing_data_stays_light():

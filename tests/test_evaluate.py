@@ -1,5 +1,5 @@
 "The measures against brute force and closed forms; extractors, references and protocols, whole and damaged."
-import hashlib, io, json, math, os
+import hashlib, http.server, io, json, math, os, threading
 from dataclasses import replace
 from functools import partial, reduce
 
@@ -18,7 +18,8 @@ from fastdiff_edu.generate import SampleConfig, generate, load_denoiser
 from fastdiff_edu.metrics import frechet_distance, precision_recall
 from fastdiff_edu.nets.unet import UNet, UNetConfig
 from fastdiff_edu.schedule import Schedule
-from fastdiff_edu.train import TrainConfig, fit
+from fastdiff_edu.models import about
+from fastdiff_edu.train import TrainConfig, fit, load_checkpoint, save_checkpoint
 
 randn = lambda *shape, seed=0: torch.randn(*shape, generator=seeded(seed, "test"), dtype=torch.float64)
 pictures = (255 * torch.rand(60, 3, 8, 8, generator=seeded(0))).to(torch.uint8)
@@ -196,10 +197,79 @@ def test_pickles_are_not_opened(tmp_path):
         with pytest.raises(BadInput): load_features(tmp_path/name)
 
 
+class Server(http.server.SimpleHTTPRequestHandler):
+    "Serves whole.pt; cut.pt breaks off, short.pt ends before its length, anything else is not there."
+    data = b""
+    def log_message(self, *_): pass
+
+    def do_GET(self):
+        if self.path[1:] not in ("whole.pt", "cut.pt"): return self.send_error(404, "not here")
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.data)))
+        self.end_headers()
+        self.wfile.write(self.data if self.path == "/whole.pt" else self.data[:-100])
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    "A server in place of NVIDIA's, and an empty folder for what is fetched."
+    Server.data = archive(tmp_path/"source.pt", NVIDIA).read_bytes()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path/"cache"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        def serves(**names):
+            for name, file in names.items():
+                monkeypatch.setitem(ft.ADDRESSES, name, f"http://127.0.0.1:{s.server_port}/{file}")
+        yield serves
+        s.shutdown()
+
+
+def test_archives_are_fetched_once(server, tmp_path):
+    server(inception="whole.pt")
+    file = ft.fetch_features("inception", bar=False)
+    assert file == tmp_path/"cache"/"checkpoints"/"whole.pt" and file.read_bytes() == Server.data
+    server(inception="gone.pt")   # from here on, nothing more comes
+    file.rename(file.with_name("gone.pt"))
+    eye = ft.open_features("inception")
+    assert eye.sha256 == hashlib.sha256(Server.data).hexdigest() and eye.nvidia
+    with pytest.raises(BadInput, match="not used"): ft.open_features("inception", "00")
+    with pytest.raises(BadInput, match="did you mean 'vgg16'"): ft.fetch_features("vgg19")
+    assert ft.open_features(tmp_path/"source.pt").sha256 == eye.sha256, "a path is a path"
+
+
+@pytest.mark.parametrize("file, why", [("none.pt", "404"), ("cut.pt", "bytes came")])
+def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing(file, why, server, tmp_path):
+    server(inception=file)
+    with pytest.raises(BadInput) as e: ft.fetch_features("inception", bar=False)
+    said = str(e.value)
+    assert file in said and why in said and "the path of a copy" in said and "\n" not in said
+    assert not list((tmp_path/"cache"/"checkpoints").iterdir())
+
+
+def test_a_server_that_is_not_there_is_one_sentence(server, tmp_path, monkeypatch):
+    monkeypatch.setitem(ft.ADDRESSES, "vgg16", "http://127.0.0.1:9/vgg16.pt")
+    with pytest.raises(BadInput, match="127.0.0.1:9/vgg16.pt' was not fetched .*the path of a copy"):
+        ft.fetch_features("vgg16", bar=False)
+
+
+def test_the_names_are_those_of_the_files_that_define_fid():
+    assert [a.rpartition("/")[2] for a in ft.ADDRESSES.values()] == [ev.INCEPTION, "vgg16.pt"]
+
+
+def test_evaluation_by_names(server, run, tmp_path):
+    server(inception="whole.pt")
+    cfg = config(run, "inception", tmp_path/"e", metrics=("fid", "pr"), n=20)
+    got = evaluate(cfg, bar=False)["numbers"]
+    sha = hashlib.sha256(Server.data).hexdigest()
+    for key in ("fid", "precision"):
+        assert got[key]["protocol"]["measured"]["extractor"]["sha256"] == sha
+    assert "whole.pt" in got["fid"]["name"], "another file is no FID"
+
+
 def test_looking_in_batches_is_the_same(tmp_path):
     eye = load_features(archive(tmp_path/"a.pt", NVIDIA))
     whole, small = look_at(eye, pictures, probs=True), look_at(eye, pictures, 7, probs=True)
-    shards = joined(look_at(eye, pictures[:11], probs=True), look_at(eye, pictures[11:], probs=True))
+    shards = joined(*(look_at(eye, pictures, probs=True, rows=r) for r in torch.arange(60).split([11, 49])))
     for other in (small, shards):
         torch.testing.assert_close(other.features, whole.features, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(other.probs, whole.probs, rtol=1e-4, atol=1e-6)
@@ -290,7 +360,8 @@ def test_a_denoiser_that_knows_nothing_pays_eight_bits():
         def __call__(self, x, t): return type("P", (), dict(x0=torch.zeros_like(x)))
     x = torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1, 1)
     images = Images(x, torch.zeros(256, dtype=torch.long))
-    got = bits_per_dim(Blind(), images, torch.tensor([1., 0.]), decoder_var=0.25)
+    bound = partial(ev.PIXEL_BOUND, decoder_var=0.25)
+    got = bits_per_dim(Blind(), images, torch.tensor([1., 0.]), bound=bound)
     edges = torch.tensor([-math.inf, *((2*k - 256)/255 for k in range(1, 256)), math.inf])
     mass = torch.special.ndtr(edges.double() / 0.5).diff()
     alpha, sigma = Blind.schedule.alpha(1.), Blind.schedule.sigma(1.)
@@ -327,7 +398,7 @@ def test_evaluation_is_what_its_parts_give(run, eye, tmp_path):
     cfg = config(run, eye, tmp_path/"e", metrics=ev.METRICS)
     got = evaluate(cfg, bar=False)
     assert json.loads((tmp_path/"e"/"evaluation.json").read_text()) == got
-    assert {p.name for p in (tmp_path/"e").iterdir()} == {"evaluation.json"}
+    assert {p.name for p in (tmp_path/"e").iterdir()} == {"evaluation.json", "samples.npy", "samples.json"}
     value = {k: e["value"] for k, e in got["numbers"].items()}
     assert list(value) == ["fid", "is", "kid", "precision", "recall", "bits"]
     x, made = generate(SampleConfig(run, steps=3, n=60), bar=False)
@@ -338,7 +409,8 @@ def test_evaluation_is_what_its_parts_give(run, eye, tmp_path):
     assert value["is"] == pytest.approx(inception_score(p, 2).value, rel=1e-5)
     assert value["kid"] == pytest.approx(kernel_distance(g, f, 5, 20, 0).value, rel=1e-3)
     assert (value["precision"], value["recall"]) == pytest.approx(precision_recall(g, f), abs=0.02)
-    assert got["numbers"]["fid"]["protocol"]["made"] == json.loads(json.dumps(made))
+    told = got["numbers"]["fid"]["protocol"]["made"]
+    assert {k: told[k] for k in made} == made and told["file"] == about(tmp_path/"e"/"samples.npy")
 
 
 def test_every_number_has_its_protocol_and_what_real_images_get(run, eye, tmp_path):
@@ -412,22 +484,47 @@ def test_packed_folders_are_references(run, eye, tmp_path):
     for i, im in enumerate(pictures[:40]):
         Image.fromarray(im.permute(1, 2, 0).numpy()).save(tmp_path/f"in/{i:02}.png")
     folder, *_ = packed.prepare(packed.PrepareConfig("folder", str(tmp_path/"in"), tmp_path/"out", size=8))
-    assert ev.open_images(folder).x.equal(pictures[:40])
-    known = ev.fingerprint(folder)
+    assert ft.open_images(folder).x.equal(pictures[:40])
+    known = ft.fingerprint(folder)
     assert known["images"] == 40 and known["filter"] and known["jpeg"] is False
     data = bytearray((folder/"images.u8").read_bytes())
     data[7] ^= 1
     (folder/"images.u8").write_bytes(data)
-    with pytest.raises(BadInput, match="sha256 differs"): ev.fingerprint(folder)
+    with pytest.raises(BadInput, match="sha256 differs"): ft.fingerprint(folder)
     with pytest.raises(BadInput, match="does not fit"):
         evaluate(config(run, eye, tmp_path/"e", reference=str(folder)), bar=False)
 
 
-def test_samples_that_are_not_finite_are_no_evaluation(run, eye, tmp_path, monkeypatch):
-    monkeypatch.setattr(ev, "generate", lambda cfg, bar: (torch.full((60, 1, 8, 8), math.nan), {}))
-    with pytest.raises((BadInput, RunFailed), match="not finite"):
-        evaluate(config(run, eye, tmp_path/"e"), bar=False)
-    assert not (tmp_path/"e"/"evaluation.json").exists()
+def test_samples_are_drawn_once(run, eye, tmp_path, monkeypatch):
+    "Other metrics look at the samples that are there; other samples, and damaged ones, are drawn."
+    drawn = []
+    walks = generate.__globals__["walks"]
+    seen = lambda work, firsts: drawn.append(1) or walks(work, firsts)
+    monkeypatch.setitem(generate.__globals__, "walks", seen)
+    def fid(**kwargs): return evaluate(config(run, eye, tmp_path, **kwargs), bar=False)["numbers"].get("fid")
+    first = fid(metrics=("fid", "is"))
+    assert len(drawn) == 1 and fid(metrics=("fid", "kid"), kid_size=10) == first and len(drawn) == 1
+    assert fid(seed=1) != first and len(drawn) == 2
+    fid(metrics=("bits",))
+    assert len(drawn) == 2, "bits need no samples"
+    data = bytearray((tmp_path/"samples.npy").read_bytes())
+    data[-1] ^= 1
+    (tmp_path/"samples.npy").write_bytes(data)
+    fid(seed=1)
+    assert len(drawn) == 3
+
+
+def test_samples_that_are_not_finite_are_no_evaluation(eye, tmp_path):
+    net = UNet(UNetConfig(8, 1, width=8, mult=(1, 2), blocks=1, attn=(), dropout=0.))
+    loss, cfg = diffusion_loss(Schedule.cosine(), "v"), TrainConfig(1, bar=False)
+    fit(loss, net, torch.rand(16, 1, 8, 8), cfg, tmp_path/"run")
+    for p in net.parameters(): torch.nn.init.constant_(p, math.nan)
+    known, state = load_checkpoint(tmp_path/"run").manifest, net.state_dict()
+    (tmp_path/"nan").mkdir()
+    save_checkpoint(tmp_path/"nan", 1, dict(net=state, ema=state), {k: known[k] for k in ("net", "loss")})
+    with pytest.raises(RunFailed, match="not finite"):
+        evaluate(config(tmp_path/"nan", eye, tmp_path/"e", n=9, batch=4), bar=False)
+    assert not {p.name for p in (tmp_path/"e").iterdir()} & {"evaluation.json", "samples.npy"}
 
 
 @pytest.mark.parametrize("change, words", [

@@ -7,7 +7,7 @@ import pytest, safetensors.torch, torch
 from torch import nn
 from torch.testing import assert_close
 
-from fastdiff_edu import hub
+from fastdiff_edu import hub, layout
 from fastdiff_edu.core import BadInput, seeded
 from fastdiff_edu.denoiser import Clipped, Denoiser
 from fastdiff_edu.nets.unet import UNet, UNetConfig
@@ -25,10 +25,21 @@ CONFIGS = {
     "16x16, two blocks": UNetConfig(size=16, width=8, mult=(1, 1, 2), blocks=2, attn=(16, 4), groups=2),
     "no attention": UNetConfig(size=16, in_ch=1, width=8, mult=(1, 3), blocks=2, attn=(), groups=4),
     "one level": UNetConfig(size=8, width=8, mult=(1,), blocks=1, attn=(8,), groups=4),
+    "heads": UNetConfig(size=16, width=8, mult=(1, 2, 2), blocks=1, attn=(8, 4), groups=4, heads=4),
+    "scale and shift": replace(SMALL, scale_shift=True, out_ch=6),
+    "resizing blocks": replace(SMALL, mult=(1, 2, 2), attn=(8, 2), resample="block"),
+    "progressive distillation": UNetConfig(size=16, width=16, mult=(1, 1, 1), blocks=2, attn=(8, 4), groups=8,
+                                           scale_shift=True, resample="block"),
+    "labels": replace(SMALL, n_labels=3),
+    "all of it": UNetConfig(size=16, out_ch=6, width=16, mult=(1, 2), blocks=1, attn=(8,), groups=4, heads=2,
+                            scale_shift=True, resample="block", n_labels=5),
 }
 every = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 DDPM = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000}
 LABELS = (0, 17, 999)
+
+
+def scheduler_of(config): return DDPM | (dict(variance_type="learned_range") if config.out_ch else {})
 
 
 def awake(net, seed=0):
@@ -55,12 +66,19 @@ def theirs(config=SMALL, **how):
     "A network of the library with random weights, by its own constructor."
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    attn = ["Attn" * (rows in config.attn) for rows, _ in config.levels]
+    block, attended = config.resample == "block", config.levels[-1][1]
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if block else ("DownBlock2D", "UpBlock2D")
+    attn = [rows in config.attn for rows, _ in config.levels]
     shape = dict(
         sample_size=config.size, in_channels=config.in_ch, out_channels=config.out_ch or config.in_ch,
         layers_per_block=config.blocks, block_out_channels=[ch for _, ch in config.levels],
-        down_block_types=[f"{a}DownBlock2D" for a in attn], norm_num_groups=config.groups, norm_eps=1e-6,
-        up_block_types=[f"{a}UpBlock2D" for a in reversed(attn)], attention_head_dim=None,
+        down_block_types=["AttnDownBlock2D" if a else plain[0] for a in attn], norm_num_groups=config.groups,
+        up_block_types=["AttnUpBlock2D" if a else plain[1] for a in reversed(attn)], norm_eps=1e-6,
+        attention_head_dim=None if config.heads == 1 else attended // config.heads,
+        resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
+        attn_norm_num_groups=config.groups if config.scale_shift else None,
+        downsample_type="resnet" if block else "conv", upsample_type="resnet" if block else "conv",
+        num_class_embeds=config.n_labels or None,
         downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, dropout=config.dropout)
     net = diffusers.UNet2DModel(**shape | how)
     for k, p in net.named_parameters():
@@ -73,7 +91,8 @@ def same(net, other, tol, dtype=torch.float64, labels=LABELS):
     c = net.config
     x = torch.randn(len(labels), c.in_ch, c.size, c.size, generator=seeded(1), dtype=dtype)
     label = torch.tensor(labels)
-    a, b = net.to(dtype)(x, (label + 1).to(dtype) / 1000), other.to(dtype)(x, label).sample
+    y = torch.arange(len(labels)) % c.n_labels if c.n_labels else None
+    a, b = net.to(dtype)(x, (label + 1).to(dtype) / 1000, y), other.to(dtype)(x, label, y).sample
     assert b.std() > 0.01
     assert_close(a, b, rtol=0, atol=tol)
     return a
@@ -85,7 +104,7 @@ def same(net, other, tol, dtype=torch.float64, labels=LABELS):
 def test_their_weights_say_the_same_here(config, tmp_path):
     net = theirs(config)
     net.save_pretrained(tmp_path)
-    model = hub.load_unet(tmp_path, scheduler=DDPM)
+    model = hub.load_unet(tmp_path, scheduler=scheduler_of(config))
     assert model.net.config == config and model.kind == "eps" and not model.net.training
     same(model.net, net, 1e-5, torch.float32)
 
@@ -95,15 +114,15 @@ def test_they_say_the_same_in_float64(config, tmp_path, wide):
     "The weights that arrive are rounded to float32 once, after the rotation; the rest is exact."
     net = theirs(config)
     net.save_pretrained(tmp_path)
-    same(hub.load_unet(tmp_path, scheduler={}).net, net, 3e-8)
+    same(hub.load_unet(tmp_path, scheduler=scheduler_of(config)).net, net, 3e-8)
 
 
 def test_rotation_is_exact_without_rounding(wide):
     "In float64 throughout, at labels all over the table."
     net, other = UNet(SMALL), theirs().double()
-    state, where = other.state_dict(), hub.places(SMALL)
-    full = {k: torch.cat([state[name] for name in hub.their_keys(k, where)]) for k in net.state_dict()}
-    net.double().load_state_dict(full | {"time.first.weight": hub.turned(full["time.first.weight"], 1)})
+    state, where = other.state_dict(), layout.places(SMALL)
+    full = {k: torch.cat([state[name] for name in layout.their_keys(k, where)]) for k in net.state_dict()}
+    net.double().load_state_dict(full | {"time.first.weight": layout.turned(full["time.first.weight"], 1)})
     same(net.eval(), other, 1e-11, labels=range(0, 1000, 27))
 
 
@@ -143,13 +162,13 @@ def test_published_cifar10_configuration():
         flip_sin_to_cos=False, freq_shift=1, in_channels=3, layers_per_block=2, mid_block_scale_factor=1,
         norm_eps=1e-6, norm_num_groups=32, out_channels=3, sample_size=32, time_embedding_type="positional",
         up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"])
-    config = hub.config_from(published)
+    config = layout.config_from(published)
     assert config == replace(UNetConfig.ddpm_cifar10(), dropout=0.)
     with torch.device("meta"): net = UNet(config)
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"): other = diffusers.UNet2DModel.from_config(published)
-    with torch.device("meta"): wanted = hub.to_theirs(net)
+    with torch.device("meta"): wanted = layout.to_theirs(net)
     assert {k: v.shape for k, v in wanted.items()} == {k: v.shape for k, v in other.state_dict().items()}
 
 
@@ -157,7 +176,7 @@ def test_defaults_are_theirs():
     "A setting that an old file leaves out has the default of the library."
     diffusers = pytest.importorskip("diffusers")
     config = diffusers.UNet2DModel(block_out_channels=(32, 64, 64, 64)).config
-    assert {k: config[k] for k in hub.DEFAULTS} == hub.DEFAULTS
+    assert {k: config[k] for k in layout.DEFAULTS} == layout.DEFAULTS
     scheduler = diffusers.DDPMScheduler().config
     assert {k: scheduler[k] for k in hub.SCHEDULE if k[0] != "_"} == \
            {k: v for k, v in hub.SCHEDULE.items() if k[0] != "_"}
@@ -205,7 +224,7 @@ def test_what_comes_back_samples(tmp_path):
 @every
 def test_ours_say_the_same_there(config, tmp_path):
     diffusers = pytest.importorskip("diffusers")
-    model = ours(config)
+    model = ours(config, learned_var=bool(config.out_ch))
     hub.export_unet(model, tmp_path/"pipeline")
     for kind in (diffusers.DDPMPipeline, diffusers.DDIMPipeline):
         pipeline = kind.from_pretrained(tmp_path/"pipeline")
@@ -254,7 +273,7 @@ def test_variance_and_version_are_written(variance, tmp_path):
     read = lambda name: json.loads((tmp_path/"pipeline"/name).read_text())
     assert read("scheduler/scheduler_config.json")["variance_type"] == f"fixed_{variance}"
     assert read("model_index.json")["_class_name"] == "DDPMPipeline"
-    assert read("unet/config.json")["_diffusers_version"] == hub.VERSION
+    assert read("unet/config.json")["_diffusers_version"] == layout.VERSION
 
 
 # --- the card
@@ -292,30 +311,79 @@ def test_recipe_of_a_checkpoint(tmp_path):
 # --- what goes wrong
 
 REFUSED = [
-    dict(act_fn="relu"), dict(resnet_time_scale_shift="scale_shift"), dict(attention_head_dim=8),
-    dict(mid_block_scale_factor=1.41), dict(center_input_sample=True), dict(num_class_embeds=10),
+    dict(act_fn="relu"), dict(resnet_time_scale_shift="spatial"), dict(attention_head_dim=24),
+    dict(mid_block_scale_factor=1.41), dict(center_input_sample=True), dict(class_embed_type="identity"),
     dict(class_embed_type="timestep"), dict(norm_eps=1e-5), dict(downsample_padding=1), dict(freq_shift=0),
     dict(time_embedding_type="fourier"), dict(time_embedding_dim=99), dict(add_attention=False),
-    dict(mid_block_type=None), dict(downsample_type="resnet"), dict(upsample_type="resnet"),
-    dict(attn_norm_num_groups=2), dict(up_block_types=["UpBlock2D", "UpBlock2D"]),
-    dict(block_out_channels=[16, 24]), dict(something_new=True),
+    dict(mid_block_type=None), dict(upsample_type="resnet"),
+    dict(down_block_types=["SkipDownBlock2D", "AttnDownBlock2D"]),
+    dict(up_block_types=["AttnUpBlock2D", "ResnetUpsampleBlock2D"]), dict(attn_norm_num_groups=2),
+    dict(up_block_types=["UpBlock2D", "UpBlock2D"]), dict(block_out_channels=[16, 24]),
+    dict(attn_norm_num_groups=None, resnet_time_scale_shift="scale_shift"), dict(something_new=True),
 ]
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=lambda c: next(iter(c)))
 def test_what_ours_cannot_be_is_named(change):
     with pytest.raises(BadInput, match=next(iter(change))) as error:
-        hub.config_from(hub.config_to(SMALL) | change)
+        layout.config_from(layout.config_to(SMALL) | change)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("change", [
     dict(attention_head_dim=32), dict(time_embedding_dim=64), dict(attn_norm_num_groups=4),
     dict(something_new=None), dict(num_train_timesteps=1000), dict(flip_sin_to_cos=True),
-    dict(mid_block_scale_factor=1.0)],
+    dict(mid_block_scale_factor=1.0), dict(attn_norm_num_groups=None), dict(downsample_type="conv")],
     ids=lambda c: next(iter(c)))
 def test_the_same_in_other_words_is_taken(change):
-    assert hub.config_from(hub.config_to(SMALL) | change) == SMALL
+    assert layout.config_from(layout.config_to(SMALL) | change) == SMALL
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(downsample_type="pool"), "_type = "), (dict(upsample_type="conv"), "upsample_type = conv"),
+    (dict(downsample_type="conv"), "upsample_type = resnet"), (dict(num_class_embeds=3.5), "no sense"),
+    (dict(attention_head_dim=5), "head_dim = 5"), (dict(attention_head_dim=64), "head_dim = 64"),
+    (dict(down_block_types=["AttnDownBlock2D", "DownBlock2D"]), "down_block_types")])
+def test_where_attention_halves_it_says_how(change, words):
+    c = UNetConfig(size=8, width=16, mult=(1, 1), blocks=1, attn=(8, 4), heads=2, groups=4, resample="block")
+    change = dict(down_block_types=["AttnDownBlock2D", "AttnDownBlock2D"]) | change
+    with pytest.raises(BadInput, match=words): layout.config_from(layout.config_to(c) | change)
+
+
+@pytest.mark.parametrize("types", [("conv", "conv"), ("resnet", "conv"), ("conv", "resnet")])
+def test_blocks_that_say_it_by_name_need_no_type(types, tmp_path):
+    "Theirs ignore both settings there, and the padding of convolutions that they do not have."
+    config = replace(SMALL, attn=(), resample="block")
+    net = theirs(config, downsample_type=types[0], upsample_type=types[1], downsample_padding=1)
+    net.save_pretrained(tmp_path)
+    model = hub.load_unet(tmp_path, scheduler={})
+    assert model.net.config == config
+    same(model.net, net, 1e-5, torch.float32)
+
+
+def test_labels_keep_their_numbers_and_none_is_nothing(tmp_path):
+    "Class k is label k; -1 has no counterpart, and adds nothing here."
+    net = theirs(replace(SMALL, n_labels=3))
+    net.save_pretrained(tmp_path)
+    ours = hub.load_unet(tmp_path, scheduler={}).net
+    x, label = torch.randn(3, 3, 8, 8, generator=seeded(1)), torch.tensor([5, 500, 999])
+    for k in range(3):
+        y = torch.full((3,), k)
+        assert_close(ours(x, (label + 1) / 1000, y), net(x, label, y).sample, rtol=0, atol=1e-5)
+    net.class_embedding.weight.zero_()
+    assert_close(ours(x, (label + 1) / 1000), net(x, label, torch.zeros(3).long()).sample, rtol=0, atol=1e-5)
+
+
+def test_labels_are_exported_and_their_card_says_how_to_ask(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model = ours(replace(SMALL, n_labels=3))
+    folder = hub.export_unet(model, tmp_path/"pipeline")
+    text = (folder/"README.md").read_text()
+    assert "3 class labels" in text and "unconditional" not in text and "DDPMPipeline" not in text
+    net = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet")
+    same(model.net, net, 1e-5, torch.float32)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="class_labels"): pipeline(num_inference_steps=1)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -326,7 +394,7 @@ def test_the_same_in_other_words_is_taken(change):
     (dict(norm_num_groups=5), "groups"), (dict(sample_size=9), "halved"),
 ])
 def test_a_configuration_that_cannot_be(change, words):
-    with pytest.raises(BadInput, match=words) as error: hub.config_from(hub.config_to(SMALL) | change)
+    with pytest.raises(BadInput, match=words) as error: layout.config_from(layout.config_to(SMALL) | change)
     assert "\n" not in str(error.value)
 
 
@@ -387,13 +455,14 @@ def test_a_pickle_is_never_run(content, tmp_path, capsys):
 ])
 def test_foreign_weights_are_named(change, words):
     net = UNet(SMALL)
-    state = hub.to_theirs(net)
+    state = layout.to_theirs(net)
     change(state)
-    with pytest.raises(BadInput, match=words): hub.to_ours(state, net)
+    with pytest.raises(BadInput, match=words): layout.to_ours(state, net)
 
 
 def test_what_cannot_be_exported(tmp_path):
-    for model, words in [(ours(replace(SMALL, n_labels=3)), "n_labels"), (ours(kind="both"), "both"),
+    for model, words in [(ours(replace(SMALL, w_waves=8)), "w_waves = 8"), (ours(kind="both"), "both"),
+                         (ours(replace(SMALL, attn=(8, 4), heads=2)), r"attention has \[16, 32\]"),
                          (ours(replace(SMALL, mult=(2, 1))), "first level"),
                          (ours(replace(SMALL, width=8, groups=32)), "one number"),
                          (lambda x, t: x, "Only a Denoiser")]:

@@ -6,13 +6,14 @@ from course import MODULES, PACKAGE, ROOT, read
 
 LAYERS = [  # within a layer, what stands left may be imported by what stands right of it
     ["core", "check"],
-    ["schedule", "data", "packed", "nets", "checkpoint", "ranks", "run", "train", "sliders", "viz"],
-    ["forward", "metrics", "features"],
+    ["schedule", "data", "sources", "packed", "nets", "checkpoint", "ranks", "run", "train", "sliders",
+     "viz"],
+    ["forward", "metrics", "features", "classifier"],
     ["denoiser"],
     ["oracle", "sample", "solvers", "guidance"],
-    ["ddgan", "distill", "variants"],
+    ["hybrid", "ddgan", "distill", "variants"],
     ["guided_distill", "edit"],
-    ["hub", "generate", "recipes", "evaluate"],
+    ["layout", "hub", "models", "generate", "experiment", "recipes", "evaluate"],
     ["race", "bench"],
     ["cli"],
 ]

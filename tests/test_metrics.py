@@ -127,6 +127,24 @@ def test_precision_recall_against_brute_force(k):
     assert precision_recall(real, fake, k) == pytest.approx(brute_force(real, fake, k), abs=1e-12)
 
 
+def test_precision_recall_in_tiles_is_the_same(monkeypatch):
+    real, fake = randn(230, 3, seed=1), 0.7*randn(170, 3, seed=2) + 0.5
+    want = brute_force(real, fake, 3)
+    for tile in (57, 100, 230):   # 2 points are left over in a last tile: fewer than neighbours wanted
+        monkeypatch.setattr(metrics, "TILE", tile)
+        assert precision_recall(real, fake, 3) == pytest.approx(want, abs=1e-12), tile
+
+
+def test_points_far_from_zero_keep_their_distances():
+    "Products of large numbers cancel: float64, and a floor under which a distance is none."
+    real, fake = randn(300, 5, seed=1), 0.8*randn(200, 5, seed=2)
+    want = brute_force(real, fake, 3)
+    assert precision_recall((real + 100).float(), (fake + 100).float()) == pytest.approx(want, abs=0.01)
+    copies = (fake[:1] + 1e4).float().expand(50, -1)
+    assert precision_recall((real + 1e4).float(), copies)[1] == 0
+    assert precision_recall(torch.cat([(real + 1e4).float(), copies[:1]]), copies) == (1, 1/301)
+
+
 def test_precision_recall_of_equal_and_far_sets():
     a = randn(1100, 8).float()
     assert precision_recall(a, a) == precision_recall(a, a.flip(0)) == (1, 1)

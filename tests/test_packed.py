@@ -4,6 +4,7 @@ import sys, tarfile, time, types, warnings
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from course import ROOT
@@ -11,8 +12,9 @@ from PIL import Image
 
 from fastdiff_edu import packed
 from fastdiff_edu.core import BadInput, RunFailed, seeded
-from fastdiff_edu.packed import (BATCHES, IMAGES, LABELS, MANIFEST, SETS, PrepareConfig, on_device,
-                                 open_packed, prepare, read_image, read_manifest)
+from fastdiff_edu.data import digits
+from fastdiff_edu.packed import IMAGES, LABELS, MANIFEST, on_device, open_packed, prepare, read_manifest
+from fastdiff_edu.sources import BATCHES, BINARY, SETS, PrepareConfig, read_image
 
 COUNTS = dict(train=100, test=20)   # of the small CIFAR-10 that the tests make
 
@@ -117,7 +119,7 @@ def test_archive_in_a_folder_and_official_members(small, tmp_path):
     x = {s: levels(n, seed=n) for s, n in COUNTS.items()}
     write_tar(tmp_path/"cifar-10-binary.tar.gz", x)
     assert len(prepare(config("cifar10", tmp_path, tmp_path/"out"))) == 2
-    assert {p.name for p in tmp_path.iterdir()} == {packed.BINARY, "out"}, "nothing is unpacked"
+    assert {p.name for p in tmp_path.iterdir()} == {BINARY, "out"}, "nothing is unpacked"
 
 
 def test_one_file_and_no_labels(tmp_path):
@@ -146,6 +148,32 @@ def test_celebahq_from_a_folder_of_images(tmp_path):
     for k, v in enumerate(levels(3, 280, 280)): (tmp_path/"faces"/f"{k}.jpg").write_bytes(encoded(v, "JPEG"))
     done, = prepare(config("celebahq256", tmp_path/"faces", tmp_path/"out"))
     assert open_packed(done).x.shape == (3, 3, 256, 256) and read_manifest(done)["kinds"] == {"JPEG": 3}
+
+
+@pytest.mark.parametrize("size", [0, 8, 13])
+def test_digits_need_no_source(size, tmp_path):
+    done = prepare(PrepareConfig("digits", out=tmp_path/"out", size=size, bar=False))
+    for folder, split, count in zip(done, ["train", "test"], [1297, 500], strict=True):
+        images, gray = open_packed(folder, verify=True), digits(split)
+        assert folder.name == split and images.y.equal(gray.y) and len(images) == count
+        assert images.x.shape[1:] == (3, *[size or 32]*2)
+        assert images.x.equal(images.x[:, :1].expand_as(images.x)), "gray"
+        for k in (0, count - 1):
+            im = Image.fromarray(gray.x[k, 0].numpy()).resize([size or 32]*2, Image.Resampling.LANCZOS)
+            assert images.x[k, 0].equal(torch.from_numpy(np.array(im)))
+        if size == 8: assert images.x[:, :1].equal(gray.x)
+    known = read_manifest(done[0])
+    assert known["pillow"] == PIL.__version__ and known["classes"] == list("0123456789")
+    assert known["licence"].startswith("CC BY 4.0")
+    assert known["kinds"] == {"raw": 1297} and known["source"]["digits"]["sha256"] == digits("train").sha256
+
+
+@pytest.mark.parametrize("more, words", [
+    (dict(size=7), "want at least 8"), (dict(size=-8), "want at least 8"),
+    (dict(source="mine"), "scikit-learn has the digits, leave it out")])
+def test_digits_that_cannot_be_had(more, words, tmp_path):
+    with pytest.raises(BadInput, match=words): prepare(PrepareConfig("digits", out=tmp_path/"out", **more))
+    assert not (tmp_path/"out").exists()
 
 
 class Table(list):
@@ -298,53 +326,148 @@ def test_the_source_is_never_touched(folder, tmp_path):
     assert content(tmp_path) == before
 
 
-def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch):
-    def full(_): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(packed.os, "fsync", full)
-    monkeypatch.setattr(packed, "writable_folder", lambda p: p.mkdir() or p)
-    with pytest.raises(RunFailed, match="No space left on device"):
-        prepare(config("folder", folder, tmp_path/"out", size=16))
-    assert not list((tmp_path/"out").iterdir())
+@contextlib.contextmanager
+def stopped(monkeypatch, at:str, error=OSError(28, "No space left on device")):
+    "Rows are made safe by twos, and the row of the file `at` is not reached."
+    asked = packed.decode_row
+    def decode_row(cfg, where, *row):
+        if at in where: raise error
+        return asked(cfg, where, *row)
+    with monkeypatch.context() as patch:
+        patch.setattr(packed, "EVERY", 2)
+        patch.setattr(packed, "decode_row", decode_row)
+        with pytest.raises(type(error) if isinstance(error, KeyboardInterrupt) else RunFailed) as e: yield e
+
+
+def rows_asked(monkeypatch, cfg) -> list[str]:
+    "Prepare, and say which rows were decoded."
+    seen, asked = [], packed.decode_row
+    def decode_row(cfg, where, *row): seen.append(where); return asked(cfg, where, *row)
+    with monkeypatch.context() as patch:
+        patch.setattr(packed, "decode_row", decode_row)
+        prepare(cfg)
+    return sorted(Path(where.strip("'")).name for where in seen)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_stop_keeps_the_rows_that_are_safe(error, folder, tmp_path, monkeypatch):
+    wanted, cfg = tmp_path/"wanted", config("folder", folder, tmp_path/"out", size=16)
+    prepare(config("folder", folder, wanted, size=16))
+    with stopped(monkeypatch, "sub/a.jpg", error) as e: prepare(cfg)
+    assert "No space left on device" in str(e.value) or error is e.value
+    part = tmp_path/"out"/".train.part"
+    assert json.loads((part/MANIFEST).read_text())["rows"] == 4 and not (tmp_path/"out"/"train").exists()
+    for file in (IMAGES, LABELS):
+        with open(part/file, "ab") as f: f.write(b"half")
+    with pytest.raises(BadInput, match="no packed set in"): read_manifest(tmp_path/"out")
+    assert rows_asked(monkeypatch, cfg) == ["a.jpg"]
+    assert content(tmp_path/"out") == content(wanted)
+
+
+@pytest.mark.parametrize("change", [
+    lambda part, folder: (folder/"b.png").write_bytes(encoded(levels(1, seed=9)[0])),   # another plan
+    lambda part, folder: (part/MANIFEST).unlink(), lambda part, folder: (part/MANIFEST).write_bytes(b"{"),
+    lambda part, folder: (part/MANIFEST).write_text("{}"),
+    lambda part, folder: (part/MANIFEST).write_text("[]"),
+    lambda part, folder: edit(part, rows="4"), lambda part, folder: edit(part, pillow="1.0"),
+    lambda part, folder: edit(part, rows=-1), lambda part, folder: edit(part, kinds=3),
+    lambda part, folder: (part/LABELS).write_bytes(b""), lambda part, folder: (part/IMAGES).unlink()])
+def test_a_part_that_cannot_be_used_begins_anew(change, folder, tmp_path, monkeypatch):
+    cfg = config("folder", folder, tmp_path/"out", size=16)
+    with stopped(monkeypatch, "sub/a.jpg"): prepare(cfg)
+    change(tmp_path/"out"/".train.part", folder)
+    prepare(config("folder", folder, tmp_path/"wanted", size=16))
+    assert rows_asked(monkeypatch, cfg) == ["a.jpg", "b.png", "c.JPEG", "d.webp", "e.bmp"]
+    assert content(tmp_path/"out") == content(tmp_path/"wanted")
+
+
+def test_stopped_at_the_last_moment(folder, tmp_path, monkeypatch):
+    "Whole, but not yet in its place: no row is decoded again."
+    cfg = config("folder", folder, tmp_path/"out", size=16)
+    wanted = content(prepare(cfg)[0])
+    (tmp_path/"out"/"train").rename(tmp_path/"out"/".train.part")
+    assert rows_asked(monkeypatch, cfg) == [] and content(tmp_path/"out"/"train") == wanted
+
+
+def test_rows_are_on_the_disk_before_they_are_counted(folder, tmp_path, monkeypatch):
+    said = []
+    asked = os.fsync
+    monkeypatch.setattr(packed, "EVERY", 2)
+    monkeypatch.setattr(packed.os, "fsync", lambda f: said.append(os.fstat(f).st_size) or asked(f))
+    monkeypatch.setattr(packed, "write_json", lambda path, v: said.append(v.get("rows")))
+    with contextlib.suppress(OSError, RunFailed): prepare(config("folder", folder, tmp_path/"out", size=16))
+    wanted = [x for rows in (2, 4, 5) for x in (rows*768, rows*8, rows)]
+    assert [x for x in said if x != 0][:9] == wanted, "levels, labels, and then the number of rows"
 
 
 KILLED = """
 import sys
 from pathlib import Path
-from fastdiff_edu.packed import PrepareConfig, prepare
-print("go", flush=True)
-prepare(PrepareConfig("folder", "many", Path("out"), size=48, bar=False))
-print("done", flush=True)
+from fastdiff_edu import packed
+asked, packed.EVERY = packed.decode_row, 20
+def decode_row(cfg, where, *row):
+    print(where, flush=True)
+    return asked(cfg, where, *row)
+packed.decode_row = decode_row
+packed.prepare(packed.PrepareConfig("folder", "many", Path(sys.argv[1]), size=48, bar=False))
 """
 
 
-def start(cwd:Path) -> subprocess.Popen:
-    "A preparation that has imported what it needs."
-    process = subprocess.Popen([sys.executable, "-c", KILLED], cwd=cwd, stdout=subprocess.PIPE, text=True,
-                               env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert process.stdout.readline() == "go\n"
+def start(here:Path, out:str) -> subprocess.Popen:
+    "A preparation at work: its first row is being decoded."
+    process = subprocess.Popen([sys.executable, "-c", KILLED, out], cwd=here, text=True,
+                               stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    process.first = process.stdout.readline()
     return process
 
 
-def test_kills_at_random_moments(tmp_path):
-    (tmp_path/"many").mkdir()
-    for k, v in enumerate(levels(300, 256, 256)): (tmp_path/"many"/f"{k:03d}.png").write_bytes(encoded(v))
-    began, t = start(tmp_path), time.perf_counter()
-    assert began.stdout.readline() == "done\n"
-    whole, wanted = time.perf_counter() - t, content(tmp_path/"out")
-    shutil.rmtree(tmp_path/"out")
-    moments, left = random.Random(0), 0
+def rows_safe(out:Path) -> int:
+    "How many rows a killed preparation has left."
+    try: return json.loads((out/".train.part"/MANIFEST).read_text())["rows"]
+    except FileNotFoundError: return 0
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    "A folder with 300 images; what an undisturbed preparation makes of them, in how many seconds."
+    here = tmp_path_factory.mktemp("here")
+    (here/"many").mkdir()
+    for k, v in enumerate(levels(300, 256, 256)): (here/"many"/f"{k:03d}.png").write_bytes(encoded(v))
+    process, t = start(here, "whole"), time.perf_counter()
+    assert len(process.communicate()[0].splitlines()) == 299 and process.returncode == 0
+    return here, content(here/"whole"), time.perf_counter() - t
+
+
+def test_kills_at_random_moments(many):
+    here, wanted, seconds = many
+    moments, safe = random.Random(0), [0]
     for _ in range(5):
-        process = start(tmp_path)
-        time.sleep(moments.uniform(0.05, 1.0) * whole)
+        process = start(here, "killed")
+        time.sleep(moments.uniform(0.02, 0.3) * seconds)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        left += bool(list(tmp_path.glob("out/.train.*")))
-        if not (tmp_path/"out"/"train").exists(): continue
-        assert len(open_packed(tmp_path/"out"/"train", verify=True)) == 300
-        shutil.rmtree(tmp_path/"out"/"train")
-    assert left, "no kill hit a preparation at work"
-    assert start(tmp_path).wait(60) == 0
-    assert content(tmp_path/"out") == wanted, "the same bytes, and nothing left of those that were killed"
+        if (here/"killed"/"train").exists(): break
+        safe.append(rows_safe(here/"killed"))
+    assert safe == sorted(safe) and max(safe) > 0, "a preparation goes on, none begins anew"
+    process = start(here, "killed")
+    asked = sorted((process.first + process.communicate()[0]).splitlines())
+    if process.first: assert asked == [f"'many/{k:03d}.png'" for k in range(safe[-1], 300)]
+    assert content(here/"killed") == wanted, "the same bytes, and nothing left of those that were killed"
+
+
+def test_two_at_once(many):
+    "The second says so and touches nothing; a kill of the first lets it go on at once."
+    here, wanted, _ = many
+    first = start(here, "two")
+    with contextlib.chdir(here):
+        cfg = config("folder", "many", "two", size=48)
+        with pytest.raises(RunFailed, match="Another process prepares 'two': wait") as e: prepare(cfg)
+        assert first.poll() is None and "\n" not in str(e.value)
+        first.kill()
+        first.communicate()
+        assert Path("two/.lock").exists(), "what a kill leaves"
+        prepare(cfg)
+        assert content(Path("two")) == wanted
 
 
 # --- bad input

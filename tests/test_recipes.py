@@ -1,0 +1,194 @@
+"Every recipe at its tiny size, by the command that a person types: killed, stopped, in two processes."
+import ast, json, os, random, signal, subprocess, sys, time, types
+
+import pytest, torch
+import torch.distributed as dist
+from course import PACKAGE, read
+from PIL import Image
+from torch.testing import assert_close
+
+from fastdiff_edu import experiment
+from fastdiff_edu.cli import main
+from fastdiff_edu.data import digits
+from fastdiff_edu.generate import load_denoiser
+from fastdiff_edu.recipes import RECIPES
+from fastdiff_edu.train import load_checkpoint, read_log
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+SHORT = ("--size", "tiny", "--no-bar", "--sheet-every", "0")
+
+
+def command(*args, processes:int=1) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0",
+              "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"] if processes > 1 else []
+    return [sys.executable, *launch, "-m", "fastdiff_edu", "train", *args]
+
+
+def trained(folder, *args, processes:int=1):
+    done = subprocess.run(command(*args, processes=processes), cwd=folder, env=ENV, capture_output=True,
+                          text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def weights(out, which:str="net") -> torch.Tensor:
+    tensors = load_checkpoint(out).tensors(which)
+    return torch.cat([tensors[k].flatten() for k in sorted(tensors)])
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_tiny_takes_the_whole_path(name, tmp_path, capsys):
+    assert main(["train", name, "--size", "tiny"]) == 0
+    out = tmp_path/"runs"/f"{name}-tiny"
+    assert str(out.relative_to(tmp_path)) in capsys.readouterr().out
+    assert load_checkpoint(out).manifest["step"] == RECIPES[name]().tiny().steps == read_log(out)[-1]["step"]
+    assert json.loads((out/"recipe.json").read_text())["recipe"] == name
+    assert (out/"loss.png").stat().st_size > 1000
+    if name == "cifar10-features": return
+    assert len(list((out/"sheets").glob("*.png"))) == 2
+    model = load_denoiser(out)
+    assert model.kind == RECIPES[name]().kind and model.net.config == RECIPES[name]().tiny().net
+
+
+def test_kills_at_random_moments_leave_no_trace(tmp_path):
+    args = ("digits", *SHORT, "--steps", "60", "--save-every", "3", "--log-every", "1")
+    trained(tmp_path, *args, "--out", "whole")
+    rng = random.Random(0)
+    for _ in range(3):
+        p = subprocess.Popen(command(*args, "--out", "killed"), cwd=tmp_path, env=ENV, stderr=subprocess.PIPE)
+        while p.poll() is None and not (tmp_path/"killed/log.jsonl").exists(): time.sleep(0.05)
+        time.sleep(rng.uniform(0., 1.))
+        p.kill(), p.wait(), p.stderr.close()
+    trained(tmp_path, *args, "--out", "killed")
+    for which in ("net", "ema"): assert weights("whole", which).equal(weights("killed", which))
+    losses = [[line["loss"] for line in read_log(out)] for out in ("whole", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 60
+
+
+def test_sigterm_saves_and_exits(tmp_path):
+    never = "100000"
+    args = ("digits", *SHORT, "--steps", never, "--save-every", never, "--log-every", "1", "--out", "run")
+    p = subprocess.Popen(command(*args), cwd=tmp_path, env=ENV)
+    while len(read_log("run")) < 5: time.sleep(0.05); assert p.poll() is None
+    p.send_signal(signal.SIGTERM)
+    assert p.wait(60) == 128 + signal.SIGTERM
+    assert load_checkpoint("run").manifest["step"] >= 5
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_two_processes_are_one_in_two_parts(tmp_path):
+    args = ("digits", *SHORT, "--steps", "12")
+    trained(tmp_path, *args, "--parts", "2", "--out", "one")
+    said = trained(tmp_path, *args, "--out", "two", processes=2)
+    assert said.count("12 steps") == 1                      # one process speaks
+    trained(tmp_path, "digits", *SHORT, "--steps", "6", "--out", "halves", processes=2)
+    trained(tmp_path, *args, "--out", "halves", processes=2)
+    for which in ("net", "ema"):
+        assert_close(weights("one", which), weights("two", which), rtol=1e-3, atol=1e-5)
+        assert weights("two", which).equal(weights("halves", which))
+
+
+def test_dry_run_says_and_writes_nothing(tmp_path, capsys):
+    assert main(["train", "cifar10-ddpm", *SHORT, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "24 steps of 8 images" in said and "s a step (the mean of" in said and "2 checkpoints of" in said
+    assert list(tmp_path.iterdir()) == []
+    slow = experiment.rehearse(RECIPES["cifar10-ddpm"]().tiny(), seconds=1e-9)
+    assert "estimated from a step on one image" in slow
+
+
+def test_sheets_do_not_disturb_the_training(capsys):
+    for every in ("0", "5"): assert main(["train", "digits", *SHORT[:-1], every, "--out", every]) == 0
+    assert weights("0").equal(weights("5"))
+    assert len(os.listdir("5/sheets")) == 5 and not os.path.exists("0/sheets")
+
+
+def test_tensorboard_gets_the_log(monkeypatch, capsys):
+    told = []
+
+    class Writer:
+        def __init__(self, folder, purge_step): told.append((str(folder), purge_step))
+        def add_scalar(self, key, value, step): told.append((key, value, step))
+        def close(self): told.append("closed")
+
+    stand_in = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    assert main(["train", "digits", *SHORT, "--steps", "8", "--out", "run"]) == 0
+    assert told[0] == ("run/tensorboard", 4) and told[-1] == "closed"
+    log = {line["step"]: line for line in read_log("run")}
+    scalars = [v for v in told[1:-1]]
+    assert {key for key, _, _ in scalars} == {"loss", "lr", "grad_norm", "images_per_second"}
+    assert all(log[step][key] == value for key, value, step in scalars) and {s for *_, s in scalars} == {4, 8}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)      # not installed
+    assert main(["train", "digits", *SHORT, "--steps", "8", "--out", "other"]) == 0
+
+
+@pytest.fixture
+def own(tmp_path):
+    "A folder of someone's own images, of different sizes."
+    (tmp_path/"own").mkdir()
+    for k, levels in enumerate(digits("test").x[:12, 0].numpy()):
+        Image.fromarray(levels).resize((20 + k, 30)).save(tmp_path/"own"/f"{k}.png")
+    return "own"
+
+
+def test_anyones_own_images(own, capsys):
+    assert main(["train", "cifar10-ddpm", *SHORT, "--steps", "4", "--data", own]) == 0
+    data = load_checkpoint("runs/cifar10-ddpm-tiny").manifest["data"]
+    assert (data["length"], data["name"], data["flip"]) == (12, "folder", True)
+    capsys.readouterr()
+    for recipe, words in (("cifar10-cond", "labels in 'own' go from -1 to -1: the network wants 0 to 9"),
+                          ("digits", "images in 'own' are (3, 8, 8), the network takes (1, 8, 8)")):
+        assert main(["train", recipe, *SHORT, "--data", own]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["train", "cifar10-ddpm", *SHORT, "--data", "nowhere"]) == 2
+    assert "no folder 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args, words", [
+    (("cifar-ddpm",), "Unknown recipe 'cifar-ddpm': did you mean 'cifar10-ddpm'?"),
+    (("cifar10-ddpm", "--stpes", "3"), "Unknown flag '--stpes': did you mean '--steps'?"),
+    (("cifar10-ddpm", "--net.widht", "3"), "Unknown flag '--net.widht': did you mean '--net.width'?"),
+    (("cifar10-ddpm", "--batch", "0"), "Got batch = 0"),
+    (("cifar10-ddpm", "--schedule", "cosine"), "Got 'cosine' as a schedule"),
+    (("cifar10-ddpm", "--size", "small"), "--size"),
+])
+def test_bad_arguments_are_one_sentence(args, words, tmp_path, capsys):
+    assert main(["train", *args]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_flags_win_over_the_size_and_help_shows_what_holds(capsys):
+    changes = ("--steps", "3", "--batch", "5", "--net.width", "8", "--out", "r")
+    assert main(["train", "digits", *SHORT, *changes]) == 0
+    manifest = load_checkpoint("r").manifest
+    assert manifest["config"]["batch"] == 5 and manifest["net"]["config"]["width"] == 8
+    with pytest.raises(SystemExit): main(["train", "cifar10-ddpm", "--size", "tiny", "--help"])
+    assert "default: 24" in capsys.readouterr().out
+    assert main(["recipes"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in RECIPES) and "113,673,219" in said
+
+
+def test_every_value_of_a_recipe_says_where_it_is_from():
+    source = read(PACKAGE/"recipes.py")
+    lines, found = source.splitlines(), 0
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ClassDef): continue
+        for field in node.body:
+            if not isinstance(field, ast.AnnAssign) or field.target.id == "name": continue
+            comment = lines[field.end_lineno - 1].partition("#")[2]
+            origin = any(word in comment for word in ("(", "as in", "no digit", "as there", "digits, or"))
+            assert origin, f"{node.name}.{field.target.id} does not say where it is from"
+            found += 1
+    assert found > 30
