@@ -6,8 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/cli.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'HELP', 'LOOK', 'run_race', 'run_bench', 'run_sample', 'run_prepare', 'run_evaluate', 'RecipesConfig',
-           'TrainCommand', 'draw_sheet', 'loss_curve', 'run_train', 'run_recipes', 'parse', 'parse_recipe',
-           'one_sentence', 'flags', 'main']
+           'TrainCommand', 'draw_sheet', 'loss_curve', 'run_train', 'run_recipes', 'run_export', 'parse',
+           'parse_recipe', 'one_sentence', 'flags', 'main']
 
 # %% ../nbs/reference/cli.ipynb #9051df45
 import contextlib, io, re, sys, traceback
@@ -25,6 +25,7 @@ from .evaluate import EvaluateConfig, evaluate, report
 from .experiment import Recipe, rehearse, run
 from .generate import SampleConfig, generate_to, open_samples
 from .packed import PrepareConfig, prepare
+from .publish import ExportConfig, export
 from .race import RaceConfig, race, table
 from .ranks import joined, rank
 from .recipes import RECIPES, recipe_table
@@ -102,10 +103,14 @@ def run_recipes(cfg:RecipesConfig):
     print(recipe_table())
 
 # %% ../nbs/reference/cli.ipynb #9ac0bde4
+def run_export(cfg:ExportConfig):
+    "Publish a checkpoint."
+    print(f"weights, settings and model card are in {export(cfg)}")
+
 COMMANDS = {"race": (RaceConfig, run_race), "train": (TrainCommand, run_train),
             "recipes": (RecipesConfig, run_recipes), "sample": (SampleConfig, run_sample),
             "evaluate": (EvaluateConfig, run_evaluate), "data-prepare": (PrepareConfig, run_prepare),
-            "bench": (BenchConfig, run_bench)}
+            "export": (ExportConfig, run_export), "bench": (BenchConfig, run_bench)}
 
 HELP = "Diffusion models that sample fast: the course's experiments. fastdiff COMMAND --help explains each."
 

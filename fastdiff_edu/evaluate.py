@@ -94,6 +94,8 @@ class EvaluateConfig(SampleConfig):
         require(self.metrics, f"Got no metrics: choose from {', '.join(METRICS)}.")
         for name in ("splits", "kid_subsets", "k", "bound_n", "bound_steps"):
             require(getattr(self, name) >= 1, f"Got {name} = {getattr(self, name)}: want at least 1.")
+        require("kid" not in self.metrics or self.kid_size <= self.n,
+                f"Got subsets of {self.kid_size} from n = {self.n} samples: raise --n, or give a smaller --kid-size.")
 
 # %% ../nbs/reference/evaluate.ipynb #0f40fc8c
 def _fid(ref:Seen, ours:Seen, cfg:EvaluateConfig) -> dict[str, Score]:
@@ -178,10 +180,11 @@ def judge(
     names:list[str],                  # of `MEASURES`
     cfg:EvaluateConfig,
     reference:dict,                   # its fingerprint
+    bar:bool=False,                   # a progress bar, where there is someone to look at it
 ) -> Callable[[Tensor, dict], dict]:  # (samples in uint8, their facts) -> the numbers
     "Looks at real images first; what comes back judges samples."
     keep, probs = bool({"kid", "pr"} & set(names)), "is" in names
-    look = partial(look_at, eye, batch=cfg.batch, keep=keep, probs=probs)
+    look = partial(look_at, eye, batch=cfg.batch, keep=keep, probs=probs, bar=bar)
     real = see_real(look, cfg)
     def of(samples:Tensor, made:dict) -> dict:
         ours, found = look(samples), {}
@@ -259,7 +262,7 @@ def evaluate(
 ) -> dict:             # what is in evaluation.json; nothing in processes other than the first
     "Measure what `cfg` asks for, real images first, and write evaluation.json."
     out, reference = writable_folder(cfg.out), check_shapes(cfg)
-    judges = [judge(eye, names, cfg, reference) for eye, names in extractors(cfg, bar)]
+    judges = [judge(eye, names, cfg, reference, bar) for eye, names in extractors(cfg, bar)]
     found = {}
     if judges:
         made = generate_to(cfg, out, bar)

@@ -6,12 +6,13 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/features.html.md"""
 
 # %% auto #0
 __all__ = ['NVIDIA', 'ADDRESSES', 'Moments', 'moments', 'merged', 'Score', 'inception_score', 'kernel_distance', 'Extractor',
-           'arguments', 'load_features', 'download', 'fetch_features', 'open_features', 'Seen', 'of_all', 'look_at',
-           'joined', 'DigitEye', 'digit_eye', 'Statistics', 'read_statistics', 'write_statistics', 'open_images',
-           'open_reference', 'fingerprint']
+           'arguments', 'load_features', 'shown', 'download', 'fetch_features', 'open_features', 'Seen', 'of_all',
+           'look_at', 'joined', 'DigitEye', 'digit_eye', 'Statistics', 'read_statistics', 'write_statistics',
+           'open_images', 'open_reference', 'fingerprint']
 
 # %% ../nbs/reference/features.ipynb #41a447a6
 import hashlib, http.client, io, os, urllib.request, zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -158,6 +159,10 @@ def load_features(
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
 ADDRESSES = {"inception": f"{NVIDIA}inception-2015-12-05.pt", "vgg16": f"{NVIDIA}vgg16.pt"}
 
+def shown(parts:Iterable, total:int, bar:bool=True) -> Iterable:
+    "So many parts, with a progress bar where there is someone to look at it."
+    return progress_bar(parts, total=total) if total and shows_bar(TrainConfig(1, bar=bar)) else parts
+
 def download(address:str, file:Path, bar:bool=True):
     "Fetch a file: all of it, or nothing."
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -165,8 +170,7 @@ def download(address:str, file:Path, bar:bool=True):
         file.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(address, timeout=60) as source, open(aside, "wb") as f:
             size, parts = int(source.headers["Content-Length"] or 0), iter(partial(source.read, 2**20), b"")
-            seen = size and shows_bar(TrainConfig(1, bar=bar))
-            for part in progress_bar(parts, total=-(-size // 2**20)) if seen else parts: f.write(part)
+            for part in shown(parts, -(-size // 2**20), bar): f.write(part)
             f.flush(); os.fsync(f.fileno())
             if size not in (0, f.tell()): raise OSError(f"{f.tell()} of {size} bytes came")
         os.replace(aside, file)
@@ -218,13 +222,15 @@ def look_at(
     keep:bool=True,     # keep the features, or their moments alone
     probs:bool=False,   # ask for classes as well
     rows:Tensor|None=None,   # which images, in this order; None = all
+    bar:bool=False,     # a progress bar, where there is someone to look at it
 ) -> Seen:              # at rank 0; at others of several processes, fields of it are None
     "What an extractor says of images."
     require(images.dtype == torch.uint8 and images.ndim == 4 and len(images) > 0,
             f"Got images {tuple(images.shape)} of {images.dtype}: give (N, C, H, W) of uint8.")
     order, total, kept, told = torch.arange(len(images)) if rows is None else rows, None, [], []
+    mine = dealt(parts := order.split(batch))
     with tf32(False):
-        for part in dealt(parts := order.split(batch)):
+        for part in shown(mine, len(mine), bar):
             f, p = eye(images[part], probs)
             total = moments(f) if total is None else merged(total, moments(f))
             if keep: kept.append(f.cpu())

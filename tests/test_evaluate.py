@@ -15,6 +15,8 @@ from fastdiff_edu.features import (Extractor, inception_score, joined, kernel_di
                                    look_at, merged, moments, read_statistics, write_statistics)
 from fastdiff_edu.forward import bin_nll, variational_bound
 from fastdiff_edu.generate import SampleConfig, generate, load_denoiser
+from fastdiff_edu.hub import export_unet
+from fastdiff_edu.hybrid import hybrid_loss, learned_bound
 from fastdiff_edu.metrics import frechet_distance, precision_recall
 from fastdiff_edu.nets.unet import UNet, UNetConfig
 from fastdiff_edu.schedule import Schedule
@@ -198,7 +200,7 @@ def test_pickles_are_not_opened(tmp_path):
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    "Serves whole.pt; cut.pt breaks off, short.pt ends before its length, anything else is not there."
+    "Serves whole.pt; cut.pt breaks off, and anything else is not there."
     data = b""
     def log_message(self, *_): pass
 
@@ -381,6 +383,26 @@ def test_bits_are_the_bound_averaged(run):
     other = bits_per_dim(model, images, grid, seed=3, batch=7)
     assert abs(other.value - got.value) < 4.5 * got.spread
     assert bits_per_dim(model, images, grid, seed=3, batch=30, labels=True).value != got.value
+
+
+def test_networks_that_say_their_variances_are_judged_with_them(eye, tmp_path):
+    "Ours, and in the form of diffusers."
+    net = UNet(UNetConfig(8, 1, 2, width=8, mult=(1, 2), blocks=1, attn=(), dropout=0., groups=4))
+    cfg = TrainConfig(5, batch=8, lr=0.01, warmup=0, bar=False)
+    fit(hybrid_loss(Schedule.linear()), net, digits().batch(torch.arange(32))[0], cfg, tmp_path/"run")
+    model, held = load_denoiser(tmp_path/"run"), digits("test")
+    export_unet(model, tmp_path/"theirs")
+    rows = torch.randperm(500, generator=seeded(0, "bound"))[:10]
+    x0 = Images(held.x[rows], held.y[rows]).batch(torch.arange(10))[0]
+    found = learned_bound(Clipped(model), x0, model.schedule.grid(5), seeded(0, "bound", 0)).total
+    bits = found / math.log(2) / 64
+    for name in ("run", "theirs"):
+        cfg = config(tmp_path/name, eye, tmp_path/"e", held_out="digits:test", metrics=("bits", "fid"))
+        got = evaluate(cfg, bar=False)["numbers"]
+        assert got["bits"]["protocol"]["measured"]["variance"] == "learned"
+        assert got["bits"]["value"] == pytest.approx(bits.mean().item(), rel=1e-3)
+        which = got["fid"]["protocol"]["made"]["weights"]["which"]
+        assert which == ("ema" if name == "run" else "a folder of diffusers")
 
 
 # The whole

@@ -13,7 +13,8 @@ LAYERS = [  # within a layer, what stands left may be imported by what stands ri
     ["oracle", "sample", "solvers", "guidance"],
     ["hybrid", "ddgan", "distill", "variants"],
     ["guided_distill", "edit"],
-    ["layout", "hub", "models", "generate", "experiment", "recipes", "evaluate"],
+    ["layout", "hub", "models", "generate", "experiment", "recipes", "evaluate",
+     "publish"],
     ["race", "bench"],
     ["cli"],
 ]
