@@ -49,6 +49,7 @@ class Block(nn.Module):
 
     def forward(self, x:Tensor) -> Tensor: return self.skip(x) + self.body(x)
 
+# %% ../nbs/reference/classifier.ipynb #c1ee988f
 class Classifier(nn.Module):
     "Which class an image is of."
     def __init__(self, config:ClassifierConfig):
@@ -146,6 +147,7 @@ def feature_scale(
     require(variance > 0, "The features are the same for all images: train the classifier first.")
     return variance**-0.5
 
+# %% ../nbs/reference/classifier.ipynb #5b9467d4
 def write_eye(
     net:Classifier,   # trained
     path:str|Path,    # of the file, .pt

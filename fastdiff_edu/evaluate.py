@@ -6,8 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['PIXEL_BOUND', 'METRICS', 'MEASURES', 'SETTINGS', 'INCEPTION', 'TITLES', 'ABOUT_MODEL', 'bits_per_dim',
-           'EvaluateConfig', 'Real', 'see_real', 'title', 'measured_by', 'judge', 'floor', 'entry', 'bound_entry',
-           'extractors', 'check_shapes', 'evaluate', 'words', 'report', 'table']
+           'EvaluateConfig', 'check_settings', 'Real', 'see_real', 'title', 'measured_by', 'judge', 'floor', 'entry',
+           'bound_entry', 'extractors', 'check_shapes', 'evaluate', 'words', 'report', 'table']
 
 # %% ../nbs/reference/evaluate.ipynb #700f970c
 import math
@@ -90,12 +90,17 @@ class EvaluateConfig(SampleConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.metrics: require_one_of(name, METRICS, "metric")
-        require(self.metrics, f"Got no metrics: choose from {', '.join(METRICS)}.")
-        for name in ("splits", "kid_subsets", "k", "bound_n", "bound_steps"):
-            require(getattr(self, name) >= 1, f"Got {name} = {getattr(self, name)}: want at least 1.")
-        require("kid" not in self.metrics or self.kid_size <= self.n,
-                f"Got subsets of {self.kid_size} from n = {self.n} samples: raise --n, or give a smaller --kid-size.")
+        check_settings(self)
+
+# %% ../nbs/reference/evaluate.ipynb #2cbc5f8f
+def check_settings(c:EvaluateConfig):
+    "Refuse settings that nothing can be measured by, before anything is drawn."
+    for name in c.metrics: require_one_of(name, METRICS, "metric")
+    require(c.metrics, f"Got no metrics: choose from {', '.join(METRICS)}.")
+    for name in ("splits", "kid_subsets", "k", "bound_n", "bound_steps"):
+        require(getattr(c, name) >= 1, f"Got {name} = {getattr(c, name)}: want at least 1.")
+    enough = "kid" not in c.metrics or c.kid_size <= c.n
+    require(enough, f"Got subsets of {c.kid_size} from n = {c.n} samples: give a smaller --kid-size.")
 
 # %% ../nbs/reference/evaluate.ipynb #0f40fc8c
 def _fid(ref:Seen, ours:Seen, cfg:EvaluateConfig) -> dict[str, Score]:
@@ -190,9 +195,8 @@ def judge(
         ours, found = look(samples), {}
         for name in names if rank() == 0 else ():
             how = dict(made=made, measured=measured_by(name, eye, cfg, reference))
-            scores, width = MEASURES[name](real.reference, ours, cfg), len(ours.moments.mean)
-            of_real = floor(name, real, cfg)
-            for key, score in scores.items():
+            width, of_real = len(ours.moments.mean), floor(name, real, cfg)
+            for key, score in MEASURES[name](real.reference, ours, cfg).items():
                 found[key] = entry(title(key, eye, width), score, how, *of_real(key))
         return found
     return of

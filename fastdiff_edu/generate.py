@@ -12,7 +12,7 @@ __all__ = ['ADAPTIVE', 'SPACING', 'LATER', 'ARRAY', 'FACTS', 'methods', 'start_a
 
 # %% ../nbs/reference/generate.ipynb #8de9cc3b
 import io, json, math, os, shutil, zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -83,9 +83,10 @@ class SampleConfig:
 
     Writes into --out: samples.npy (uint8 images, N x C x H x W, or float32 points), sheet.png, and
     samples.json, which says how they were made. Stopped and started again, it goes on with the next batch;
-    samples that are there already are kept. torchrun deals the batches to several processes. Methods: ddpm,
-    ddpm-small, ddpm-large, ddpm-learned, ddim, euler, euler-maruyama, heun, pndm, plms, ipndm, deis, dpm-2,
-    dpm-3, dpm-fast, dpmpp-2m, rk45, ggf.
+    samples that are there already are kept. Several processes share the work when they are started by
+    torchrun --nproc-per-node N -m -- fastdiff_edu sample ... Methods: ddpm, ddpm-small, ddpm-large,
+    ddpm-learned, ddim, euler, euler-maruyama, heun, pndm, plms, ipndm, deis, dpm-2, dpm-3, dpm-fast,
+    dpmpp-2m, rk45, ggf.
     """
     ckpt:Path                     # a training's folder, a checkpoint in it, a diffusers folder, or owner/name
     method:str = "ddim"           # how to sample, one of the names above
@@ -165,7 +166,7 @@ class Batch(NamedTuple):
     x:Tensor          # on the host, (B, *D)
     evaluations:int   # of the network, for each of them
 
-def walks(work:Work, firsts:range) -> Iterator[Batch|None]:
+def walks(work:Work, firsts:Sequence[int]) -> Iterator[Batch|None]:
     "The batches that begin at these rows: None after each step, and after the last one the batch."
     cfg, device = work.cfg, best_device()
     for k in firsts:
@@ -178,7 +179,7 @@ def walks(work:Work, firsts:range) -> Iterator[Batch|None]:
             raise RunFailed(f"'{cfg.method}' made values that are not finite: no output.")
         yield Batch(k, x, work.model.nfe - before)
 
-def drawn(work:Work, firsts:range, bar:bool=True) -> Iterator[Batch]:
+def drawn(work:Work, firsts:Sequence[int], bar:bool=True) -> Iterator[Batch]:
     "The batches that begin at these rows, with a progress bar where there is someone to look at it."
     states = walks(work, firsts)
     if firsts and shows_bar(TrainConfig(1, bar=bar)):
@@ -220,6 +221,7 @@ def begin(folder:Path, part:Path, facts:dict):
         if done or old != part: shutil.rmtree(old)
     if not done: part.mkdir(exist_ok=True)
 
+# %% ../nbs/reference/generate.ipynb #15034bd6
 def save_batch(part:Path, batch:Batch):
     "Write a batch to its file: images in eight bits."
     x, file = to_uint8(batch.x) if batch.x.ndim == 4 else batch.x.float(), io.BytesIO()

@@ -134,6 +134,7 @@ def _radii(a:Tensor, k:int) -> Tensor:
     rows = [torch.cat([near(x, y) for y in a.split(TILE)], 1) for x in a.split(TILE)]
     return torch.cat([d.kthvalue(k + 1).values for d in rows])   # the first is the point itself
 
+# %% ../nbs/reference/metrics.ipynb #333057ee
 def _inside(a:Tensor, b:Tensor, k:int) -> tuple[Tensor, Tensor]:
     "Which of the points `a` lie in some ball around `b`, and which of `b` in one around `a`."
     sets = [(v.split(TILE), _radii(v, k).split(TILE)) for v in (a, b)]

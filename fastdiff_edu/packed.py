@@ -71,6 +71,7 @@ def safe_rows(part:Path, facts:dict) -> tuple[int, Counter]:
         kept = all(known.get(k) == v for k, v in facts.items())
         if kept and all((part/f).stat().st_size >= done * n for f, n in row_bytes(facts).items()):
             for f, n in row_bytes(facts).items(): os.truncate(part/f, done * n)
+            for left in part.glob(".*.tmp"): left.unlink()   # a manifest that was being written
             return done, kinds
     except (OSError, ValueError, TypeError, KeyError): pass
     shutil.rmtree(part, ignore_errors=True)

@@ -111,16 +111,18 @@ class Cifar10Features(Recipe):
     holds its sha256 and its accuracy on the test images, if they lie beside the training images.
     """
     name:ClassVar[str] = "cifar10-features"
-    steps:int = 5000              # updates (ours)
-    lr:float = 2e-3               # AdamW's rate (ours)
+    steps:int = 4000              # updates (ours)
+    lr:float = 3e-3               # AdamW's rate (ours: the best of a few short runs)
     warmup:int = 200              # updates in which the rate grows (ours)
     anneal:bool = True            # the rate falls to 0: the last weights are steady ones (ours)
     weight_decay:float = 0.05     # decoupled, as in AdamW (ours)
     ema:float = 0.99              # decay of the averaged weights (ours)
-    save_every:int = 500          # updates per checkpoint (ours)
+    ema_warmup:bool = True        # decay at most (1+s)/(10+s) (ours)
+    channels_last:bool = True     # faster on CPUs too (ours)
+    save_every:int = 200          # updates per checkpoint (ours)
     smoothing:float = 0.1         # share of the target that is spread over all classes (Szegedy et al. 2016)
     pad:int = 4                   # images are moved by up to so many pixels (He et al. 2016)
-    net:ClassifierConfig = field(default_factory=ClassifierConfig)   # the network (ours)
+    net:ClassifierConfig = field(default_factory=lambda: ClassifierConfig(width=48))   # the network (ours)
 
     def network(self) -> nn.Module: return Classifier(self.net)
     def loss(self) -> Callable: return classification_loss(self.smoothing, self.pad)

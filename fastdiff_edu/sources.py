@@ -54,7 +54,7 @@ class PrepareConfig:
     or bmp files: give --source and --size). What was stopped goes on where it was.
     """
     name:str               # cifar10, celebahq256, digits or folder
-    source:str = ""        # parquet, cifar-10-binary.tar.gz, folder, or a hub's owner/name@revision; "": the usual place
+    source:str = ""        # parquet, cifar-10-binary.tar.gz, folder, hub's owner/name@revision; "": as usual
     out:Path|None = None   # where to; none given: data/NAME
     size:int = 0           # pixels on a side; 0: the set's own (digits: 32, and any other from 8 up)
     bar:bool = True        # a progress bar, where there is someone to look at it

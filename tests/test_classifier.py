@@ -32,6 +32,7 @@ def test_shapes(size, ch, labels):
     net, x = small(config=ClassifierConfig(size, ch, 8, labels)).eval(), torch.randn(3, ch, size, size)
     assert net.features(x).shape == (3, 32) and net(x).shape == (3, labels)
     assert net(x).equal(net.head(net.features(x))), "the logits come from the features"
+    assert net.features(x).equal(net.body(x).mean((2, 3)))
     last = 2*size//16 if size % 8 == 0 else 1
     assert net.body(x).shape[-1] == last and net.body(x).min() >= 0
 
@@ -170,6 +171,9 @@ def test_writing_changes_no_network_and_warns_of_nothing(tmp_path):
     assert net.training and all(p.requires_grad for p in net.parameters())
     for name, v in small().state_dict().items(): assert net.state_dict()[name].equal(v), name
     assert [p.name for p in tmp_path.iterdir()] == ["eye.pt"]
+    f, _ = load_features(tmp_path/"eye.pt")(digits("test").x)
+    wanted = net.eval().features(to_unit(digits("test").x)) * feature_scale(net, digits("train"))
+    torch.testing.assert_close(f, wanted.detach(), rtol=1e-4, atol=1e-4)
     assert zipfile.ZipFile(tmp_path/"eye.pt").testzip() is None
 
 

@@ -137,6 +137,8 @@ def test_kid_is_unbiased_and_follows_its_seed():
     a, b = randn(200, 5, seed=1), randn(150, 5, seed=2)
     assert kernel_distance(a, b, 10, 50) == kernel_distance(a, b, 10, 50)
     assert kernel_distance(a, b, 10, 50) != kernel_distance(a, b, 10, 50, seed=1)
+    a, b = a.float(), b.float()
+    assert kernel_distance(a, b, 10, 50) == kernel_distance(a.double(), b.double(), 10, 50), "in float64"
 
 
 # Extractors
@@ -457,6 +459,10 @@ def test_held_out_images_stand_in_for_samples(run, eye, tmp_path):
     cfg = config(run, eye, tmp_path, held_out="digits:test", metrics=("fid",))
     got = evaluate(cfg, bar=False)["numbers"]["fid"]
     assert got["real_how"] == "60 images of digits:test, as if samples"
+    rows = torch.randperm(500, generator=seeded(0, "real"))[:60]
+    look = partial(look_at, load_features(eye))
+    a, b = look(digits().x).moments, look(digits("test").x[rows]).moments
+    assert got["real"] == pytest.approx(frechet_distance(a.mean, a.cov, b.mean, b.cov), rel=1e-6)
     assert 0 < got["real"] < got["value"]
 
 

@@ -134,7 +134,7 @@ def test_a_name_on_the_hub_is_a_checkpoint(learned, tmp_path, monkeypatch):
     assert set(asked) == {"owner/name"} and facts["weights"]["which"] == "owner/name"
     assert facts["weights"]["sha256"] == about(next((tmp_path/"theirs").rglob("*.safetensors")))["sha256"]
     for name in ("nowhere", "a/b/c", "theirs/nothing/here"):
-        with pytest.raises(BadInput, match="There is no"): load_denoiser(name)
+        with pytest.raises(BadInput, match=f"There is no '{name}': give a run's folder"): load_denoiser(name)
     assert len(asked) == 1
 
 

@@ -15,7 +15,7 @@ LAYERS = [  # within a layer, what stands left may be imported by what stands ri
     ["guided_distill", "edit"],
     ["layout", "hub", "models", "generate", "experiment", "recipes", "evaluate",
      "publish"],
-    ["race", "bench"],
+    ["race", "timing", "bench"],
     ["cli"],
 ]
 NETS = ["embeddings", "mlp", "unet", "ncsnpp", "discriminator"]

@@ -153,7 +153,8 @@ def test_only_missing_batches_are_drawn(run, tmp_path):
 @pytest.mark.parametrize("change", [
     dict(seed=1), dict(batch=5), dict(n=9), dict(raw=True), dict(labels=(1,))])
 def test_another_request_begins_anew(change, run, tmp_path):
-    "Also after another one was finished."
+    "Where another one was finished, and begun once more."
+    generate_to(SampleConfig(run, steps=2, n=10, batch=3), tmp_path, bar=False)
     part_done(run, tmp_path, 2)
     cfg = SampleConfig(run, **dict(steps=2, n=10, batch=3) | change)
     generate_to(cfg, tmp_path, bar=False)
