@@ -63,10 +63,12 @@ def training_ratio(net:nn.Module, cfg:BenchConfig, out:Path) -> float:
     data = torch.rand(256, 3, 32, 32) * 2 - 1
     clock, loss = Clock(next(net.parameters()).device), diffusion_loss(Schedule.linear())
     def run(i):
-        settings = TrainConfig(steps=cfg.steps, batch=cfg.batch, log_every=10, save_every=10**6, bar=False)
+        settings = TrainConfig(steps=10**6, batch=cfg.batch, log_every=10, save_every=10**6, bar=False)
         run = train(lambda net, batch, g: loss(clock(net), batch, g), net, data, settings, out/str(i))
-        next(run)   # building, checking, saving the first weights: not the loop
-        return clock.ratio(lambda: [None for _ in run])
+        next(run)   # building and checking: not the loop
+        ratio = clock.ratio(lambda: [next(run) for _ in range(cfg.steps)])
+        run.close()
+        return ratio
     with patched(torch.Tensor, "backward", clock), patched(torch.optim.AdamW, "step", clock):
         return median([run(i) for i in range(cfg.repeats + 1)][1:])
 

@@ -18,7 +18,7 @@ LAYERS = [  # within a layer, what stands left may be imported by what stands ri
     ["race", "timing", "bench"],
     ["cli"],
 ]
-NETS = ["embeddings", "mlp", "unet", "ncsnpp", "discriminator"]
+NETS = ["embeddings", "mlp", "unet", "fir", "ncsnpp", "discriminator"]
 PLACE = {name: (layer, column) for layer, names in enumerate(LAYERS) for column, name in enumerate(names)}
 HEAVY = {"matplotlib", "sklearn", "datasets", "diffusers", "huggingface_hub", "tyro", "torchvision",
          "ipywidgets", "sympy", "nbdev"}
