@@ -155,7 +155,8 @@ def see_real(
 # %% ../nbs/reference/evaluate.ipynb #6012abb5
 INCEPTION = "inception-2015-12-05.pt"
 TITLES = {"fid": ("FID", "Frechet distance"), "is": ("Inception Score", "class score"),
-          "kid": ("KID", "kernel distance"), "precision": (None, "precision"), "recall": (None, "recall")}
+          "kid": ("KID", "kernel distance"), "precision": (None, "precision"), "recall": (None, "recall"),
+          "pr": (None, "precision and recall")}
 
 def title(
     key:str,          # of `TITLES`
@@ -176,7 +177,7 @@ def measured_by(
     "How a number was measured: two with different answers are not comparable."
     extractor = dict(name=eye.name, sha256=eye.sha256, call="return_features" if eye.nvidia else "plain")
     settings = {k: getattr(cfg, k) for k in SETTINGS[name]}
-    return dict(metric=name, **settings, samples=cfg.n, reference=reference, extractor=extractor,
+    return dict(metric=TITLES[name][1], **settings, samples=cfg.n, reference=reference, extractor=extractor,
                 resize="none before the extractor", quantisation="uint8, as fastdiff_edu.data.to_uint8")
 
 # %% ../nbs/reference/evaluate.ipynb #a8407653
@@ -303,5 +304,7 @@ def table(results:dict[str, dict]) -> str:
             gap = first_difference(*(e["protocol"]["measured"] for e in (one, other)))
             require(gap is None, f"'{first}' and '{name}' do not share a table: in '{key}', {gap}.")
     cell = lambda r, key: f"{r['numbers'][key]['value']:.4g}" if key in r["numbers"] else "not measured"
-    rows = [["", *keys], *([name, *(cell(r, key) for key in keys)] for name, r in results.items())]
-    return "\n".join("  ".join(v.ljust(14) for v in row).rstrip() for row in rows)
+    full = {k: e["name"] for r in results.values() for k, e in r["numbers"].items()}
+    rows = [["", *(full[key].partition(" (")[0] for key in keys)],
+            *([name, *(cell(r, key) for key in keys)] for name, r in results.items())]
+    return "\n".join("  ".join(v.ljust(18) for v in row).rstrip() for row in rows)

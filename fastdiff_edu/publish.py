@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that diffusers loads, with a card that says how it was made and by what protocol it was measured.
+"""A checkpoint as a folder that diffusers loads, with a card that says how it was made and measured.
 
 Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/publish.html.md"""
 
@@ -29,7 +29,7 @@ class ExportConfig:
     """
     ckpt:Path                      # a training's folder, or one checkpoint in it
     out:Path                       # a new folder
-    evaluations:tuple[Path, ...] = ()   # files evaluation.json of this checkpoint, as fastdiff evaluate writes
+    evaluations:tuple[Path, ...] = ()   # evaluation.json of this checkpoint, as fastdiff evaluate writes
     title:str = ""                 # of the card; none given: the name of the training's folder
     licence:str = ""               # of the weights, an SPDX name: yours to choose
     variance:Literal["small", "large"] = "small"   # of their ancestral step, where it was not learned
@@ -43,19 +43,20 @@ def numbers_in(
     "What was measured of these weights."
     try: found = json.loads(Path(file).read_bytes())["numbers"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"'{file}' is no evaluation: give a file that 'fastdiff evaluate' has written.") from None
+        raise BadInput(f"'{file}' is no evaluation: give one that 'fastdiff evaluate' has written.") from None
     for n in found.values():
         whose = n["protocol"]["made"]["weights"]["sha256"]
         require(whose == sha256, f"'{file}' measured other weights ({whose[:12]}, not {sha256[:12]}).")
-    return [{k: n[k] for k in ("name", "value", "spread", "real", "real_how", "protocol")} for n in found.values()]
+    said = ("name", "value", "spread", "real", "real_how", "protocol")
+    return [{k: n[k] for k in said} for n in found.values()]
 
 def export(cfg:ExportConfig) -> Path:
     "Write the folder; the card is in its README.md."
     ckpt, which = load_checkpoint(cfg.ckpt), "net" if cfg.raw else "ema"
     model, recipe = load_denoiser(ckpt, which), recipe_of(ckpt, which)
     data = recipe.get("data", {})
-    known = SETS.get(data.get("name"))
+    known, said = SETS.get(data.get("name")), ", ".join(f"{k} {v}" for k, v in data.items())
     numbers = [n for file in cfg.evaluations for n in numbers_in(file, recipe["sha256"])]
-    card = Card(cfg.title or Path(cfg.ckpt).name, ", ".join(f"{k} {v}" for k, v in data.items()) or "not given",
-                known.licence if known else "not given", cfg.licence, recipe, tuple(numbers))
+    card = Card(cfg.title or Path(cfg.ckpt).name, said or "not given", known.licence if known else "not given",
+                cfg.licence, recipe, tuple(numbers))
     return export_unet(model, cfg.out, card, cfg.variance)

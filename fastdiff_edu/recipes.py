@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from fastcore.basics import patch
 from torch import nn
 
 from .classifier import Classifier, ClassifierConfig, accuracy, classification_loss, write_eye
@@ -128,11 +129,14 @@ class Cifar10Features(Recipe):
     def loss(self) -> Callable: return classification_loss(self.smoothing, self.pad)
     def tiny(self) -> "Cifar10Features": return replace(self, **TINY, net=replace(self.net, size=16, width=8))
 
-    def finish(self, record:Record, rows:Rows):
-        sha256 = write_eye(record.ema, self.folder/f"{self.folder.name}.pt", rows.images)
-        held_out = packed_folder(self).with_name("test")
-        right = accuracy(record.ema, open_packed(held_out)) if held_out.is_dir() else None
-        write_json(self.folder/"features.json", dict(sha256=sha256, test_accuracy=right, data=rows.facts))
+# %% ../nbs/reference/recipes.ipynb #4e814328
+@patch
+def finish(self:Cifar10Features, record:Record, rows:Rows):
+    "Write the extractor, and how well it tells classes apart."
+    sha256 = write_eye(record.ema, self.folder/f"{self.folder.name}.pt", rows.images)
+    held_out = packed_folder(self).with_name("test")
+    right = accuracy(record.ema, open_packed(held_out)) if held_out.is_dir() else None
+    write_json(self.folder/"features.json", dict(sha256=sha256, test_accuracy=right, data=rows.facts))
 
 # %% ../nbs/reference/recipes.ipynb #d65a880d
 RECIPES = {r.name: r for r in (Digits, Cifar10DDPM, Cifar10Cond, Cifar10IDDPM, CelebaHQDDPM,

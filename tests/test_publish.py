@@ -17,11 +17,11 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("publish")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        for args in (TINY, (*TINY, "--seed", "1", "--out", "other"), ("train", "cifar10-features", "--size", "tiny"),
-                     ("evaluate", "runs/cifar10-ddpm-tiny", "--sampler", "ddim", "--steps", "3", "--n", "40",
-                      "--metrics", "fid", "pr", "--features", EYE, "--out", "judged",
-                      "--reference", "runs/cifar10-ddpm-tiny/data/train")):
-            assert main(list(args)) == 0
+        judge = ("evaluate", "runs/cifar10-ddpm-tiny", "--sampler", "ddim", "--steps", "3", "--n", "40",
+                 "--metrics", "fid", "pr", "--features", EYE, "--out", "judged",
+                 "--reference", "runs/cifar10-ddpm-tiny/data/train")
+        other, eye = (*TINY, "--seed", "1", "--out", "other"), ("train", "cifar10-features", "--size", "tiny")
+        for args in (TINY, other, eye, judge): assert main(list(args)) == 0
     return place
 
 
@@ -31,10 +31,10 @@ def test_export_by_command(place, monkeypatch, capsys):
                "--licence", "apache-2.0"]
     assert main(command) == 0
     card = (place/"published/README.md").read_text()
-    for words in ('license: "apache-2.0"', "CC BY 4.0", "Frechet distance (features: cifar10-features-tiny.pt",
+    for words in ('license: "apache-2.0"', "CC BY 4.0", "Frechet distance (features: cifar10-features-tiny",
                   '"method": "ddim"', '"steps": 3', "recall"):
         assert words in card
-    assert "FID" not in card.replace('"fid"', "")
+    assert "fid" not in card.lower(), "nothing here was measured through Inception"
     model, theirs = load_denoiser("runs/cifar10-ddpm-tiny"), load_unet("published")
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(x, 0.3).eps, theirs(x, 0.3).eps, rtol=1e-4, atol=1e-5)
