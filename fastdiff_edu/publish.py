@@ -57,6 +57,6 @@ def export(cfg:ExportConfig) -> Path:
     data = recipe.get("data", {})
     known, said = SETS.get(data.get("name")), ", ".join(f"{k} {v}" for k, v in data.items())
     numbers = [n for file in cfg.evaluations for n in numbers_in(file, recipe["sha256"])]
-    card = Card(cfg.title or Path(cfg.ckpt).name, said or "not given", known.licence if known else "not given",
-                cfg.licence, recipe, tuple(numbers))
+    title, licence = cfg.title or Path(cfg.ckpt).name, known.licence if known else "not given"
+    card = Card(title, said or "not given", licence, cfg.licence, recipe, tuple(numbers))
     return export_unet(model, cfg.out, card, cfg.variance)

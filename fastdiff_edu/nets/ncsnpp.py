@@ -26,7 +26,8 @@ class Presets:
     @classmethod
     def digits(cls):
         "0.4 million, for scikit-learn's 8x8 digits."
-        return cls(8, 1, width=16, mult=(1, 2, 2), blocks=1, attn=(), z_dim=16, z_width=64, z_layers=2, n_labels=10)
+        return cls(8, 1, width=16, mult=(1, 2, 2), blocks=1, attn=(), n_labels=10,
+                   z_dim=16, z_width=64, z_layers=2)
 
     @classmethod
     def ddgan_cifar10(cls):
@@ -217,7 +218,7 @@ def check_latent(
     if torch.compiler.is_compiling(): return
     came = f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
     require(isinstance(z, Tensor) and z.shape == (rows, z_dim) and z.is_floating_point(),
-            f"Got {came} as z for a batch of {rows}: give standard normal numbers of shape ({rows}, {z_dim}).")
+            f"Got {came} as z for a batch of {rows}: give normal numbers of shape ({rows}, {z_dim}).")
 
 # %% ../../nbs/reference/ncsnpp.ipynb #649b3a20
 class NCSNpp(nn.Module):
