@@ -20,7 +20,7 @@ import tyro
 
 from . import viz
 from .bench import BenchConfig, bench
-from .core import BadInput, RunFailed, require_one_of, writable_folder
+from .core import BadInput, RunFailed, require, require_one_of, writable_folder
 from .evaluate import EvaluateConfig, evaluate, report
 from .experiment import Recipe, rehearse, run
 from .generate import SampleConfig, generate_to, open_samples
@@ -133,6 +133,8 @@ def parse(args:list[str]):
 def parse_recipe(args:list[str]) -> Recipe:
     "The recipe that `args` begin with, at the size that they name, changed by the other flags."
     sized = "--size=tiny" in args or ("--size", "tiny") in zip(args, args[1:])
+    first = "The recipe comes first, then its flags: fastdiff train RECIPE --size tiny."
+    require(not args[0].startswith("-") or args[0] in ("-h", "--help"), first)
     if not args[0].startswith("-"): require_one_of(args[0], RECIPES, "recipe")
     known = {name: (getdoc(make), make().tiny() if sized else make()) for name, make in RECIPES.items()}
     about = getdoc(TrainCommand)
@@ -149,11 +151,11 @@ def one_sentence(
     lines = [line.strip("│╭╮╰╯─- ") for line in plain.splitlines()][1:]   # without the frame and its title
     first = " ".join(takewhile(bool, dropwhile(lambda line: not line, lines))).rstrip(".")
     command = args[0] if args[0] in COMMANDS else None
-    if own := re.match(r"Error parsing \w+: (.*)", first):   # our own sentence, said by a dataclass
+    if own := re.match(r"Error parsing \w[\w.-]*: (.*)", first):   # our own sentence, said by a dataclass
         return own[1] + "." * (not own[1].endswith("?"))
     wrong = re.search(r"Unrecognized options: ([^\s,]+)", first)
     if not wrong: return f"{first}: see fastdiff {command + ' ' if command else ''}--help."
-    config = RECIPES[args[1]] if command == "train" else COMMANDS[command][0] if command else None
+    config = RECIPES.get(args[1]) if command == "train" else COMMANDS[command][0] if command else None
     try: require_one_of(wrong[1], flags(config) if command else COMMANDS, "flag" if command else "command")
     except BadInput as e: return str(e)
 
@@ -175,7 +177,7 @@ def main(
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"] or ["--help"]
     if args[:2] == ["data", "prepare"]: args[:2] = ["data-prepare"]   # as people write it
-    args = ["--method" if a == "--sampler" else a for a in args] + ["--help"] * (args == ["train"])
+    args = [re.sub("^--sampler(?==|$)", "--method", a) for a in args] + ["--help"] * (args == ["train"])
     try:
         cfg = parse(args)
         with joined(): COMMANDS[args[0]][1](cfg)

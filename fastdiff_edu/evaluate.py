@@ -101,6 +101,12 @@ def check_settings(c:EvaluateConfig):
         require(getattr(c, name) >= 1, f"Got {name} = {getattr(c, name)}: want at least 1.")
     enough = "kid" not in c.metrics or c.kid_size <= c.n
     require(enough, f"Got subsets of {c.kid_size} from n = {c.n} samples: give a smaller --kid-size.")
+    least = max(dict(fid=2, pr=c.k + 1).get(name, 1) for name in c.metrics)
+    least = max(least, c.splits if "is" in c.metrics else 1)
+    need = {"bits"} != {*c.metrics}
+    require(c.n >= least or not need, f"Got n = {c.n}: these metrics take at least {least} samples.")
+    alone = {*c.metrics} <= {"fid", "is", "bits"} or not c.reference.endswith(".npz")
+    require(alone, f"'{c.reference}' is mu and sigma alone: leave out the metrics 'kid' and 'pr'.")
 
 # %% ../nbs/reference/evaluate.ipynb #0f40fc8c
 def _fid(ref:Seen, ours:Seen, cfg:EvaluateConfig) -> dict[str, Score]:

@@ -28,7 +28,7 @@ from .models import schedule_named
 from .nets.unet import UNet, UNetConfig
 from .packed import (IMAGES, MANIFEST, PrepareConfig, on_device, open_packed, prepare,
                                  read_manifest)
-from .ranks import everyone, rank, world
+from .ranks import alone, everyone, rank, world
 from .sample import ddim_step, sample_last
 from .train import Record, TrainConfig, train
 
@@ -38,7 +38,7 @@ class Recipe(TrainConfig):
     "What an experiment is, beside the settings of its training; the experiments are classes below this one."
     name:ClassVar[str] = ""           # what `fastdiff train` calls it
     data:str = "data/cifar10/train"   # a packed set, or a folder of your own images, or digits
-    flip:bool = True                  # mirror half of the images of every batch (DDPM)
+    flip:bool = True                  # mirror half of every batch's images (DDPM); --no-flip: none
     out:Path|None = None              # the run's folder; none given: runs/RECIPE
     precision:str = "tf32"            # or float32, or bf16, the fastest; differs from float32 on GPUs alone
     save_every:int = 5000             # updates per checkpoint: the most that a kill can cost
@@ -74,6 +74,10 @@ class Diffusion(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.T is None or self.T >= 1, f"Got T = {self.T}: give at least 1, or None for all times.")
+        require(0 <= self.drop <= 1, f"Got drop = {self.drop}: give a share from 0 to 1.")
+        for name, low in dict(sheet_every=0, sheet_steps=1).items():
+            require(getattr(self, name) >= low, f"Got {name} = {getattr(self, name)}: give at least {low}.")
         self.loss()      # refuses a schedule, a kind or a weight that does not exist
 
     def network(self) -> nn.Module: return UNet(self.net)
@@ -81,7 +85,7 @@ class Diffusion(Recipe):
         return diffusion_loss(schedule_named(self.schedule), self.kind, self.weight, self.T, self.drop)
     def tiny(self) -> "Diffusion":
         size = max(min(self.net.size, 16), 2**(len(self.net.mult) - 1))
-        small = replace(self.net, size=size, width=16)
+        small = replace(self.net, size=size, width=16, groups=8)   # 8 divide all of its levels
         return replace(self, **TINY, sheet_every=12, sheet_steps=5, net=small)
 
 # %% ../nbs/reference/experiment.ipynb #256a63c1
@@ -119,6 +123,7 @@ class Rows:
 # %% ../nbs/reference/experiment.ipynb #3200597b
 def packed_folder(recipe:Recipe) -> Path:
     "Where the recipe's images are, packed; once, by one process, if they are not yet."
+    require(recipe.data, "Got no data: give a packed set, a folder of images, or digits.")
     name, _, split = recipe.data.partition(":")
     path, out, pixels, bar = Path(recipe.data), recipe.folder/"data", recipe.net.size, recipe.bar
     if name == "digits": cfg, path = PrepareConfig("digits", "", out, pixels, bar), out/(split or "train")
@@ -140,8 +145,8 @@ def read_images(recipe:Recipe) -> tuple[Images, dict]:
     require(folder.is_dir(), f"There is no folder '{folder}': 'fastdiff data prepare' makes one; or give "
                              "--data a folder of images, or digits.")
     known = read_manifest(folder)
-    facts = dict(name=known["name"], split=known["split"], sha256=known["files"][IMAGES]["sha256"])
-    return open_packed(folder, recipe.flip), facts
+    facts = {k: known[k] for k in ("name", "split", "filter", "jpeg")} | known["files"][IMAGES]
+    return open_packed(folder, recipe.flip, verify=rank() == 0), facts   # what is recorded is what is there
 
 def open_data(recipe:Recipe) -> Rows:
     "The recipe's images, once they fit its network."
@@ -194,17 +199,21 @@ def run(
     draw:Callable[[Tensor, str, Path], None]=lambda images, title, file: None,   # makes a picture of a sheet
 ) -> Record:                                                                     # the last one
     "Train by a recipe, or go on where a run of it was stopped."
-    device, out = best_device(), writable_folder(recipe.folder)
-    net, data, board = build(recipe, device), open_data(recipe), Board(out/"tensorboard")
+    device = best_device()
+    net, data = build(recipe, device), open_data(recipe)
+    out = writable_folder(recipe.folder)
+    board = Board(out/"tensorboard")
     data = replace(data, images=on_device(data.images, device))
-    if rank() == 0: write_json(out/"recipe.json", dict(recipe=recipe.name, **plain(recipe)))
-    for record in train(recipe.loss(), net, data, recipe.training, out):
+    for k, record in enumerate(train(recipe.loss(), net, data, recipe.training, out)):
         if rank(): continue
+        if k == 0: write_json(out/"recipe.json", dict(recipe=recipe.name, **plain(recipe)))
         if record.step % recipe.log_every == 0: board(newest_line(out))
         images, file = recipe.sheet(record), out/"sheets"/f"step_{record.step:08d}.png"
         if images is not None: draw(images, f"{recipe.name}, step {record.step:,}", file)
-    if rank() == 0: recipe.finish(record, data)
     board.close()
+    if rank() == 0:
+        with alone(): recipe.finish(record, data)
+    everyone()
     return record
 
 # %% ../nbs/reference/experiment.ipynb #6f175f5b
@@ -250,4 +259,4 @@ def rehearse(
         f"on this {device.type}: {step:.3g} s a step ({how}){memory}",
         f"in all: {duration(step * cfg.steps)}",
         f"will write to {recipe.folder}: {cfg.keep} checkpoints of {16e-6*weights(recipe):,.0f} MB, a log of "
-        f"{2e-4*cfg.steps/cfg.log_every:.2g} MB, sheets"])
+        f"{2e-4*cfg.steps/cfg.log_every:.2g} MB" + ", sheets" * bool(getattr(recipe, "sheet_every", 0))])

@@ -282,6 +282,8 @@ def read_statistics(path:str|Path) -> Statistics:
     mu, cov = torch.from_numpy(mu), torch.from_numpy(cov)
     fits = mu.isfinite().all() and (cov - cov.T).abs().max() <= 1e-6 * cov.abs().max()   # a NaN does not fit
     require(bool(fits), f"'{path}' has values that are not finite, or a sigma that is not symmetric.")
+    spread = torch.linalg.eigvalsh(cov)
+    require(bool(spread[0] >= -1e-6 * spread[-1].abs()), f"'{path}' has a sigma with negative variances.")
     return Statistics(mu, cov)
 
 def write_statistics(path:str|Path, m:Moments|Statistics) -> Path:

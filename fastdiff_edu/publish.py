@@ -45,7 +45,7 @@ def numbers_in(
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"'{file}' is no evaluation: give one that 'fastdiff evaluate' has written.") from None
     for n in found.values():
-        whose = n["protocol"]["made"]["weights"]["sha256"]
+        whose = n.get("protocol", {}).get("made", {}).get("weights", {}).get("sha256", "nobody knows which")
         require(whose == sha256, f"'{file}' measured other weights ({whose[:12]}, not {sha256[:12]}).")
     said = ("name", "value", "spread", "real", "real_how", "protocol")
     return [{k: n[k] for k in said} for n in found.values()]
@@ -56,6 +56,7 @@ def export(cfg:ExportConfig) -> Path:
     model, recipe = load_denoiser(ckpt, which), recipe_of(ckpt, which)
     data = recipe.get("data", {})
     known, said = SETS.get(data.get("name")), ", ".join(f"{k} {v}" for k, v in data.items())
+    said += " (a JPEG copy)" * bool(data.get("jpeg"))
     numbers = [n for file in cfg.evaluations for n in numbers_in(file, recipe["sha256"])]
     title, licence = cfg.title or Path(cfg.ckpt).name, known.licence if known else "not given"
     card = Card(title, said or "not given", licence, cfg.licence, recipe, tuple(numbers))

@@ -22,6 +22,7 @@ from .models import schedule_named
 from .hybrid import hybrid_loss
 from .nets.unet import UNetConfig
 from .packed import open_packed
+from .ranks import world
 from .train import Record
 
 # %% ../nbs/reference/recipes.ipynb #dbe55545
@@ -44,7 +45,7 @@ class CelebaHQDDPM(Diffusion):
     steps:int = 500_000                  # updates (Ho et al. 2020, appendix B)
     batch:int = 64                       # rows per update (run_celebahq.py)
     lr:float = 2e-5                      # Adam's rate (run_celebahq.py); 2e-4 was unstable (appendix B)
-    data:str = "data/celebahq256/train"  # all 30,000 images (run_celebahq.py); or your own folder
+    data:str = "data/celebahq256/train"  # (run_celebahq.py: all 30,000 images)
     net:UNetConfig = field(default_factory=UNetConfig.ddpm_celebahq)   # the network (run_celebahq.py)
 
 # %% ../nbs/reference/recipes.ipynb #a13edb2d
@@ -75,6 +76,7 @@ class Cifar10IDDPM(Diffusion):
     schedule:str = "Schedule.cosine_iddpm(4000)"   # cosine table in 4000 steps (README)
     T:int|None = 4000             # train on so many times (README)
     share:float = 0.001           # of the bound in the loss (Nichol and Dhariwal 2021, section 3.1)
+    flip:bool = False             # no image is mirrored (image_datasets.py)
     net:UNetConfig = field(default_factory=UNetConfig.iddpm_cifar10)   # the network (README)
 
     def loss(self) -> Callable:
@@ -125,7 +127,10 @@ class Cifar10Features(Recipe):
     pad:int = 4                   # images are moved by up to so many pixels (He et al. 2016)
     net:ClassifierConfig = field(default_factory=lambda: ClassifierConfig(width=48))   # the network (ours)
 
-    def network(self) -> nn.Module: return Classifier(self.net)
+    def network(self) -> nn.Module:
+        alone = world() == self.parts == 1
+        require(alone, "Batch norms look at the whole batch: train this one in one process, in one part.")
+        return Classifier(self.net)
     def loss(self) -> Callable: return classification_loss(self.smoothing, self.pad)
     def tiny(self) -> "Cifar10Features": return replace(self, **TINY, net=replace(self.net, size=16, width=8))
 

@@ -178,6 +178,8 @@ def folder_source(folder:Path) -> Source:
     "The images of a folder."
     names, h = images_in(folder), hashlib.sha256()
     require(names, f"There is no image in '{folder}': want files that end in {', '.join(ENDINGS)}.")
+    mixed = {"train", "test"} <= {n.parts[0].lower() for n in names}
+    require(not mixed, f"'{folder}' holds the folders 'train' and 'test': give one of them as the source.")
     for n in names: h.update(f"{n.as_posix()}\0{fingerprint(folder/n)['sha256']}\0".encode())
     rows = lambda: ((f"'{folder/n}'", folder/n, -1) for n in names)
     return Source(len(names), rows, {f"{len(names)} files": dict(sha256=h.hexdigest())})
@@ -207,7 +209,10 @@ def digits_source(cfg:PrepareConfig, split:str) -> Source:
     return Source(len(known), rows, {"digits": dict(sha256=known.sha256)})
 
 # %% ../nbs/reference/sources.ipynb #9832ee8f
-def split_of(name:str) -> str: return "test" if name.lower().startswith(("test", "val")) else "train"
+def split_of(name:str|Path) -> str:
+    "Test, if a part of the path begins so; else train."
+    parts = Path(name).parts
+    return "test" if any(part.lower().startswith(("test", "val")) for part in parts) else "train"
 
 def find_sources(cfg:PrepareConfig) -> dict[str, Source]:
     "What there is to prepare: a source for each split."
@@ -221,7 +226,9 @@ def find_sources(cfg:PrepareConfig) -> dict[str, Source]:
         return hub_sources(cfg.origin)
     tables, tar = sorted(path.rglob("*.parquet")) or [path], path/BINARY if path.is_dir() else path
     if tables[0].suffix == ".parquet":
-        return {s: parquet_source(p) for s in BATCHES if (p := [f for f in tables if split_of(f.name) == s])}
+        inside = path if path.is_dir() else path.parent
+        found = {s: [f for f in tables if split_of(f.relative_to(inside)) == s] for s in BATCHES}
+        return {s: parquet_source(files) for s, files in found.items() if files}
     if cifar and tar.is_file(): return {s: tar_source(cfg, tar, s) for s in BATCHES}
     want = BINARY if cifar else "a folder of images"
     require(path.is_dir() and not cifar, f"'{path}' does not hold '{cfg.name}': want parquet or {want}.")

@@ -2,6 +2,7 @@
 import hashlib, http.server, io, json, math, os, threading
 from dataclasses import replace
 from functools import partial, reduce
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from scipy.linalg import sqrtm
@@ -475,8 +476,20 @@ def test_published_statistics_give_the_frechet_distance_alone(run, eye, tmp_path
     assert got["fid"]["value"] == pytest.approx(whole["value"], rel=1e-6)
     assert got["fid"]["real"] is None and "--held-out" in got["fid"]["real_how"]
     for metric in ("kid", "pr"):
-        with pytest.raises(BadInput, match="'fid' alone"):
-            evaluate(config(run, eye, tmp_path, metrics=(metric,), reference=str(file)), bar=False)
+        with pytest.raises(BadInput, match="leave out the metrics 'kid' and 'pr'"):
+            config(run, eye, tmp_path, metrics=(metric,), reference=str(file))
+
+
+@pytest.mark.parametrize("metrics, n", [(("fid",), 1), (("is",), 9), (("pr",), 3)])
+def test_too_few_samples_are_refused_before_any_is_drawn(metrics, n):
+    with pytest.raises(BadInput, match="these metrics take at least"):
+        EvaluateConfig(Path("run"), metrics=metrics, n=n)
+    EvaluateConfig(Path("run"), metrics=metrics, n=n + 1)
+
+
+def test_statistics_with_negative_variances_are_refused(tmp_path):
+    np.savez(tmp_path/"bad.npz", mu=np.zeros(3), sigma=-np.eye(3))
+    with pytest.raises(BadInput, match="negative variances"): read_statistics(tmp_path/"bad.npz")
 
 
 def test_another_extractor_for_precision_and_recall(run, eye, tmp_path):
@@ -560,8 +573,9 @@ def test_samples_that_are_not_finite_are_no_evaluation(eye, tmp_path):
     (dict(n=0), "at least 1"),
     (dict(kid_subsets=0), "at least 1"), (dict(features="nowhere.pt"), "There is no file"),
     (dict(features_sha256="00"), "not used"), (dict(reference="nowhere"), "There is no folder"),
-    (dict(reference="nowhere.npz"), "no whole .npz"), (dict(held_out="digits:tset"), "did you mean 'test'"),
-    (dict(kid_size=61), "smaller --kid-size"), (dict(splits=61), "for 61 parts"),
+    (dict(reference="nowhere.npz", metrics=("fid",)), "no whole .npz"),
+    (dict(held_out="digits:tset"), "did you mean 'test'"),
+    (dict(kid_size=61), "smaller --kid-size"), (dict(splits=61), "these metrics take at least 61"),
     (dict(method="dimm"), "did you mean")])
 def test_bad_arguments_are_one_sentence(change, words, run, eye, tmp_path):
     with pytest.raises(BadInput) as e: evaluate(config(run, eye, tmp_path/"e", **change), bar=False)

@@ -1,5 +1,6 @@
 "Every recipe at its tiny size, by the command that a person types: killed, stopped, in two processes."
 import ast, json, os, random, signal, subprocess, sys, time, types
+from pathlib import Path
 
 import pytest, torch
 import torch.distributed as dist
@@ -161,11 +162,35 @@ def test_anyones_own_images(own, capsys):
     (("cifar10-ddpm", "--batch", "0"), "Got batch = 0"),
     (("cifar10-ddpm", "--schedule", "cosine"), "Got 'cosine' as a schedule"),
     (("cifar10-ddpm", "--size", "small"), "--size"),
+    (("--size", "tiny"), "The recipe comes first"),
+    (("--bogus", "cifar10-ddpm"), "The recipe comes first"),
+    (("cifar10-ddpm", "--net.mult", "0"), "start at 1"),
+    (("cifar10-ddpm", "--T", "0"), "Got T = 0"),
+    (("cifar10-ddpm", "--drop", "2"), "Got drop = 2"),
+    (("cifar10-ddpm", "--sheet-every", "-1"), "Got sheet_every = -1"),
+    (("cifar10-ddpm", "--data", ""), "Got no data"),
+    (("cifar10-features", "--size", "tiny", "--parts", "2"), "in one process, in one part"),
 ])
 def test_bad_arguments_are_one_sentence(args, words, tmp_path, capsys):
     assert main(["train", *args]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_run_leaves_the_recipe_that_is_there(capsys):
+    args = ("digits", *SHORT, "--steps", "3", "--out", "r")
+    assert main(["train", *args]) == 0
+    before = Path("r/recipe.json").read_text()
+    assert main(["train", *args, "--lr", "0.5"]) == 2 and "another run" in capsys.readouterr().err
+    assert Path("r/recipe.json").read_text() == before
+
+
+def test_pixels_that_were_changed_are_not_trained_on(capsys):
+    assert main(["train", "cifar10-ddpm", *SHORT, "--steps", "2"]) == 0
+    with open("runs/cifar10-ddpm-tiny/data/train/images.u8", "r+b") as f: f.seek(1000), f.write(b"x")
+    data = ("--data", "runs/cifar10-ddpm-tiny/data/train", "--out", "other")
+    assert main(["train", "cifar10-ddpm", *SHORT, *data]) == 2
+    assert "was changed" in capsys.readouterr().err
 
 
 def test_flags_win_over_the_size_and_help_shows_what_holds(capsys):
