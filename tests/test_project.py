@@ -130,7 +130,7 @@ def test_address_moves_everywhere(tmp_path):
     assert python(".ci/address.py", "--check", cwd=tmp_path).returncode == 0
     made = ("fastdiff_edu/", "README.md", "tests/", ".ci/address.py")
     for name in tree():
-        if name.as_posix().startswith(made) or name.suffix in (".png", ".npz"): continue
+        if name.as_posix().startswith(made) or name.suffix in (".png", ".npz", ".pt"): continue
         text = read(tmp_path/name)
         assert old_slug not in text and old_docs not in text, f"{name} has the old address"
     for path in NOTEBOOKS:
@@ -143,7 +143,7 @@ def test_no_registry_and_no_machine_is_named():
     hosts = ["py" + "pi.org", "python" + "hosted", "download.py" + "torch", "registry.npm" + "js"]
     machine = re.compile(r"(?<![\w.:/])/(?:work|root|home|opt|Users|tmp)/\w")
     for name in tree():
-        if name.suffix in (".png", ".npz", ".json"): continue
+        if name.suffix in (".png", ".npz", ".pt", ".json"): continue
         text = read(name)
         for host in hosts: assert host not in text, f"{name} names {host}"
         found = machine.search(text)
