@@ -24,8 +24,8 @@ from .core import (BadInput, best_device, require, require_one_of, seeded, writa
                                write_json)
 from .data import Images
 from .denoiser import Clipped
-from .features import (Extractor, Score, Seen, digit_eye, fingerprint, inception_score, joined,
-                                   kernel_distance, look_at, open_features, open_images, open_reference)
+from .features import (Extractor, Score, Seen, digit_eye, inception_score, joined, kernel_distance,
+                                   look_at, open_features, open_images, open_reference, reference_facts)
 from .forward import bin_nll, variational_bound
 from .generate import SampleConfig, clips, facts, generate_to, open_samples
 from .hybrid import learned_bound
@@ -101,12 +101,10 @@ def check_settings(c:EvaluateConfig):
         require(getattr(c, name) >= 1, f"Got {name} = {getattr(c, name)}: want at least 1.")
     enough = "kid" not in c.metrics or c.kid_size <= c.n
     require(enough, f"Got subsets of {c.kid_size} from n = {c.n} samples: give a smaller --kid-size.")
-    least = max(dict(fid=2, pr=c.k + 1).get(name, 1) for name in c.metrics)
-    least = max(least, c.splits if "is" in c.metrics else 1)
-    need = {"bits"} != {*c.metrics}
-    require(c.n >= least or not need, f"Got n = {c.n}: these metrics take at least {least} samples.")
-    alone = {*c.metrics} <= {"fid", "is", "bits"} or not c.reference.endswith(".npz")
-    require(alone, f"'{c.reference}' is mu and sigma alone: leave out the metrics 'kid' and 'pr'.")
+    least = max({"fid": 2, "is": c.splits, "pr": c.k + 1}.get(name, 1) for name in c.metrics)
+    require(c.n >= least, f"Got n = {c.n}: these metrics take at least {least} samples.")
+    fits = not c.reference.endswith(".npz") or not {"kid", "pr"} & {*c.metrics}
+    require(fits, f"'{c.reference}' is mu and sigma alone: leave out the metrics 'kid' and 'pr'.")
 
 # %% ../nbs/reference/evaluate.ipynb #0f40fc8c
 def _fid(ref:Seen, ours:Seen, cfg:EvaluateConfig) -> dict[str, Score]:
@@ -235,7 +233,7 @@ def bound_entry(cfg:EvaluateConfig) -> dict:
     some = Images(data.x[rows], data.y[rows])
     score = bits_per_dim(model, some, grid, cfg.seed, cfg.batch, labels, bound)
     made = {k: v for k, v in facts(cfg, opened).items() if k in ABOUT_MODEL}
-    measured = dict(metric="bits", images=len(rows), data=fingerprint(where), steps=cfg.bound_steps,
+    measured = dict(metric="bits", images=len(rows), data=reference_facts(where), steps=cfg.bound_steps,
                     variance=variance, decoder="256 bins", labels=labels, seed=cfg.seed)
     how = dict(made=made, measured=measured), None, "measured on real images"
     return dict(bits=entry("variational bound, bits per dimension", score, *how)) if score else {}
@@ -264,7 +262,7 @@ def check_shapes(cfg:EvaluateConfig) -> dict:
                 f"'{where}' does not fit: the model makes images {shape}, choose a --reference like them.")
     digits_only = not cfg.features and {*cfg.metrics} - {"bits", *(["pr"] if cfg.pr_features else [])}
     require(shape == (1, 8, 8) or not digits_only, "Only 8x8 digits have eyes of their own: give --features.")
-    return fingerprint(cfg.reference)
+    return reference_facts(cfg.reference)
 
 # %% ../nbs/reference/evaluate.ipynb #10e1c752
 def evaluate(

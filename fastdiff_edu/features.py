@@ -8,7 +8,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/features.html.md"""
 __all__ = ['NVIDIA', 'ADDRESSES', 'Moments', 'moments', 'merged', 'Score', 'inception_score', 'kernel_distance', 'Extractor',
            'arguments', 'load_features', 'shown', 'download', 'fetch_features', 'open_features', 'Seen', 'of_all',
            'look_at', 'joined', 'DigitEye', 'digit_eye', 'Statistics', 'read_statistics', 'write_statistics',
-           'open_images', 'open_reference', 'fingerprint']
+           'open_images', 'open_reference', 'reference_facts']
 
 # %% ../nbs/reference/features.ipynb #41a447a6
 import hashlib, http.client, io, os, urllib.request, zipfile
@@ -304,7 +304,7 @@ def open_reference(where:str|Path) -> Images|Statistics:
     "What `open_images` knows, or an .npz with mu and sigma."
     return read_statistics(where) if str(where).endswith(".npz") else open_images(where)
 
-def fingerprint(where:str|Path) -> dict:
+def reference_facts(where:str|Path) -> dict:
     "What the protocol says of real data: its contents, not its place."
     ref = open_reference(where)
     if isinstance(ref, Statistics):

@@ -30,12 +30,13 @@ from .core import (RunFailed, best_device, require, require_one_of, seeded, writ
                                write_bytes, write_json)
 from .data import to_uint8
 from .denoiser import Clipped, Counted, Denoiser
-from .models import Opened, about, load_denoiser, open_model, row_shape, schedule_named
+from .models import Opened, load_denoiser, open_model, row_shape, schedule_named
 from .ranks import dealt, everyone, rank
 from .sample import ddim_step, ddpm_step, sample
 from .schedule import Schedule
 from .solvers import (deis_step, dpm_fast, dpm_solver_step, dpmpp_2m_step, euler_maruyama_step,
                                   euler_step, ggf_step, heun_step, pndm_step, rk45_step)
+from .sources import fingerprint
 from .train import TrainConfig, shows_bar
 
 _all_ = ["load_denoiser", "row_shape", "schedule_named"]
@@ -207,7 +208,7 @@ def finished(folder:Path, facts:dict) -> bool:
     "Are the samples that these facts describe in the folder, whole?"
     try:
         said = dict(json.loads((folder/FACTS).read_bytes()))
-        return all(said.get(k) == v for k, v in facts.items()) and said["file"] == about(folder/ARRAY)
+        return all(said.get(k) == v for k, v in facts.items()) and said["file"] == fingerprint(folder/ARRAY)
     except (OSError, ValueError, TypeError, KeyError): return False
 
 def part_of(folder:Path, facts:dict) -> Path:
@@ -248,7 +249,7 @@ def put_together(folder:Path, part:Path, work:Work):
             data, count = read_batch(part/f"{k}.npz")
             f.write(data); evaluations.append(count)
         f.flush(); os.fsync(f.fileno())
-    said = counted(work, evaluations) | dict(file=about(part/ARRAY))
+    said = counted(work, evaluations) | dict(file=fingerprint(part/ARRAY))
     (folder/FACTS).unlink(missing_ok=True)
     os.replace(part/ARRAY, folder/ARRAY)
     write_json(folder/FACTS, said)

@@ -6,8 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/packed.html.md"""
 
 # %% auto #0
 __all__ = ['IMAGES', 'LABELS', 'MANIFEST', 'EVERY', 'AGAIN', 'decode_row', 'decoded', 'plan', 'row_bytes', 'safe_rows',
-           'write_rows', 'make_safe', 'check_labels', 'lock', 'alone', 'pack', 'check_same', 'prepare', 'read_manifest',
-           'mapped', 'open_packed', 'on_device', 'PrepareConfig']
+           'write_rows', 'make_safe', 'check_labels', 'lock', 'reserved', 'pack', 'check_same', 'prepare',
+           'read_manifest', 'mapped', 'open_packed', 'on_device', 'PrepareConfig']
 
 # %% ../nbs/reference/packed.ipynb #a43e5881
 import json, math, os, shutil, sys
@@ -114,7 +114,7 @@ def lock(f):
     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 @contextmanager
-def alone(out:Path):
+def reserved(out:Path):
     "No other process prepares anything in this folder while it lasts."
     file = out/".lock"
     with open(file, "ab") as f:
@@ -155,7 +155,7 @@ def check_same(folder:Path, facts:dict):
 def prepare(cfg:PrepareConfig) -> list[Path]:
     "Pack every split that the source has, and return their folders."
     sources, out = find_sources(cfg), writable_folder(cfg.out or Path("data")/cfg.name)
-    with alone(out): return [pack(cfg, split, source, out) for split, source in sources.items()]
+    with reserved(out): return [pack(cfg, split, source, out) for split, source in sources.items()]
 
 # %% ../nbs/reference/packed.ipynb #29b0603d
 def read_manifest(folder:str|Path) -> dict:

@@ -63,8 +63,7 @@ def shared(net:nn.Module) -> nn.Module:
     "`net` as it is called in training: its gradients are averaged over all processes."
     if not together(): return net
     device = next(net.parameters()).device
-    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None,
-                                   broadcast_buffers=False)
+    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
 
 def averaging(net:nn.Module, now:bool):
     "A context in which backward passes average gradients (`now`), or only add them up here."

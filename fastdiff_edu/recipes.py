@@ -45,7 +45,7 @@ class CelebaHQDDPM(Diffusion):
     steps:int = 500_000                  # updates (Ho et al. 2020, appendix B)
     batch:int = 64                       # rows per update (run_celebahq.py)
     lr:float = 2e-5                      # Adam's rate (run_celebahq.py); 2e-4 was unstable (appendix B)
-    data:str = "data/celebahq256/train"  # (run_celebahq.py: all 30,000 images)
+    data:str = "data/celebahq256/train"  # of the usual copy 28,000; all 30,000 (run_celebahq.py)
     net:UNetConfig = field(default_factory=UNetConfig.ddpm_celebahq)   # the network (run_celebahq.py)
 
 # %% ../nbs/reference/recipes.ipynb #a13edb2d
@@ -138,7 +138,7 @@ class Cifar10Features(Recipe):
 @patch
 def finish(self:Cifar10Features, record:Record, rows:Rows):
     "Write the extractor, and how well it tells classes apart."
-    sha256 = write_eye(record.ema, self.folder/f"{self.folder.name}.pt", rows.images)
+    sha256 = write_eye(record.ema, self.folder/f"{self.folder.absolute().name}.pt", rows.images)
     held_out = packed_folder(self).with_name("test")
     right = accuracy(record.ema, open_packed(held_out)) if held_out.is_dir() else None
     write_json(self.folder/"features.json", dict(sha256=sha256, test_accuracy=right, data=rows.facts))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np, pytest, torch
 from scipy.linalg import sqrtm
+from tiny import tiny_run
 
 from fastdiff_edu import evaluate as ev, features as ft
 from fastdiff_edu.core import BadInput, RunFailed, seeded
@@ -21,7 +22,7 @@ from fastdiff_edu.hybrid import hybrid_loss, learned_bound
 from fastdiff_edu.metrics import frechet_distance, precision_recall
 from fastdiff_edu.nets.unet import UNet, UNetConfig
 from fastdiff_edu.schedule import Schedule
-from fastdiff_edu.models import about
+from fastdiff_edu.sources import fingerprint
 from fastdiff_edu.train import TrainConfig, fit, load_checkpoint, save_checkpoint
 
 randn = lambda *shape, seed=0: torch.randn(*shape, generator=seeded(seed, "test"), dtype=torch.float64)
@@ -351,11 +352,7 @@ def test_damaged_statistics_are_one_sentence(data, words, tmp_path):
 def run(tmp_path_factory):
     "A training's folder: a few steps of a tiny network with classes."
     out = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    net = UNet(UNetConfig(8, 1, width=8, mult=(1, 2), blocks=1, attn=(), dropout=0., n_labels=10))
-    cfg = TrainConfig(30, batch=64, lr=0.003, warmup=0, bar=False)
-    fit(diffusion_loss(Schedule.linear(), "v", "snr_plus_1"), net, digits(), cfg, out)
-    return out
+    return tiny_run(out, Schedule.linear(), data=digits(), steps=30, batch=64, lr=0.003)
 
 
 def test_a_denoiser_that_knows_nothing_pays_eight_bits():
@@ -435,7 +432,7 @@ def test_evaluation_is_what_its_parts_give(run, eye, tmp_path):
     assert value["kid"] == pytest.approx(kernel_distance(g, f, 5, 20, 0).value, rel=1e-3)
     assert (value["precision"], value["recall"]) == pytest.approx(precision_recall(g, f), abs=0.02)
     told = got["numbers"]["fid"]["protocol"]["made"]
-    assert {k: told[k] for k in made} == made and told["file"] == about(tmp_path/"e"/"samples.npy")
+    assert {k: told[k] for k in made} == made and told["file"] == fingerprint(tmp_path/"e"/"samples.npy")
 
 
 def test_every_number_has_its_protocol_and_what_real_images_get(run, eye, tmp_path):
@@ -526,12 +523,12 @@ def test_packed_folders_are_references(run, eye, tmp_path):
         Image.fromarray(im.permute(1, 2, 0).numpy()).save(tmp_path/f"in/{i:02}.png")
     folder, *_ = packed.prepare(packed.PrepareConfig("folder", str(tmp_path/"in"), tmp_path/"out", size=8))
     assert ft.open_images(folder).x.equal(pictures[:40])
-    known = ft.fingerprint(folder)
+    known = ft.reference_facts(folder)
     assert known["images"] == 40 and known["filter"] and known["jpeg"] is False
     data = bytearray((folder/"images.u8").read_bytes())
     data[7] ^= 1
     (folder/"images.u8").write_bytes(data)
-    with pytest.raises(BadInput, match="sha256 differs"): ft.fingerprint(folder)
+    with pytest.raises(BadInput, match="sha256 differs"): ft.reference_facts(folder)
     with pytest.raises(BadInput, match="does not fit"):
         evaluate(config(run, eye, tmp_path/"e", reference=str(folder)), bar=False)
 

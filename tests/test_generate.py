@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_run
 
 from fastdiff_edu import hub
 from fastdiff_edu.cli import main
@@ -14,25 +15,19 @@ from fastdiff_edu.generate import (SampleConfig, generate, load_denoiser, method
                                    start_noise)
 from fastdiff_edu.hub import export_unet
 from fastdiff_edu.hybrid import hybrid_loss
-from fastdiff_edu.models import about
 from fastdiff_edu.nets.mlp import MLP, MLPConfig
 from fastdiff_edu.nets.unet import UNet, UNetConfig
 from fastdiff_edu.oracle import gaussians_25
 from fastdiff_edu.sample import sample_last
 from fastdiff_edu.schedule import Schedule
+from fastdiff_edu.sources import fingerprint
 from fastdiff_edu.train import TrainConfig, fit
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A training's folder: a few steps of a tiny network with classes."
-    out = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    net = UNet(UNetConfig(8, 1, width=8, mult=(1, 2), blocks=1, attn=(), dropout=0., n_labels=10))
-    data = torch.rand(32, 1, 8, 8) * 2 - 1, torch.arange(32) % 10
-    cfg = TrainConfig(12, batch=8, lr=0.01, warmup=0, bar=False)
-    fit(diffusion_loss(Schedule.cosine(), "v", "snr_plus_1"), net, data, cfg, out)
-    return out
+    return tiny_run(tmp_path_factory.mktemp("run"))
 
 
 def sample(*args, cwd):
@@ -115,7 +110,7 @@ def test_a_diffusers_folder_is_a_checkpoint(which, request, tmp_path):
     file = tmp_path/"theirs"/"unet"/"diffusion_pytorch_model.safetensors"
     for folder in (tmp_path/"theirs", tmp_path/"theirs"/"unet"):
         x, facts = generate(SampleConfig(folder, "ddpm", steps=4, n=3), bar=False)
-        assert facts["weights"] == dict(which="a folder of diffusers", file=file.name, **about(file))
+        assert facts["weights"] == dict(which="a folder of diffusers", file=file.name, **fingerprint(file))
         assert facts["loss"]["schedule"] == str(model.schedule) and facts["loss"]["kind"] == model.kind
         assert facts["method"] == ("ddpm" if which == "run" else "ddpm-learned")
         work = prepared(SampleConfig(folder, "ddpm", steps=4, n=3))
@@ -132,7 +127,8 @@ def test_a_name_on_the_hub_is_a_checkpoint(learned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, facts = generate(SampleConfig("owner/name", steps=2, n=1), bar=False)
     assert set(asked) == {"owner/name"} and facts["weights"]["which"] == "owner/name"
-    assert facts["weights"]["sha256"] == about(next((tmp_path/"theirs").rglob("*.safetensors")))["sha256"]
+    file = next((tmp_path/"theirs").rglob("*.safetensors"))
+    assert facts["weights"]["sha256"] == fingerprint(file)["sha256"]
     for name in ("nowhere", "a/b/c", "theirs/nothing/here"):
         with pytest.raises(BadInput, match=f"There is no '{name}': give a run's folder"): load_denoiser(name)
     assert len(asked) == 1

@@ -1,5 +1,5 @@
 "Packing images: from every kind of source, whole or not at all, the same bytes every time."
-import contextlib, hashlib, io, json, os, random, shutil, signal, subprocess
+import contextlib, hashlib, io, json, os, random, signal, subprocess
 import sys, tarfile, time, types, warnings
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from fastdiff_edu import packed
 from fastdiff_edu.core import BadInput, RunFailed, seeded
 from fastdiff_edu.data import digits
 from fastdiff_edu.packed import IMAGES, LABELS, MANIFEST, on_device, open_packed, prepare, read_manifest
-from fastdiff_edu.sources import BATCHES, BINARY, SETS, PrepareConfig, read_image
+from fastdiff_edu.sources import BATCHES, BINARY, SETS, PrepareConfig, read_image, split_of
 
 COUNTS = dict(train=100, test=20)   # of the small CIFAR-10 that the tests make
 
@@ -129,6 +129,22 @@ def test_one_file_and_no_labels(tmp_path):
     images, known = open_packed(done, verify=True), read_manifest(done)
     assert done.name == "test" and images.x.shape == (3, 3, 256, 256) and images.y.tolist() == [-1]*3
     assert "LANCZOS" in known["filter"] and "non-commercial" in known["licence"]
+
+
+@pytest.mark.parametrize("path, split", {
+    "default/validation/0000.parquet": "test", "test-00000-of-00001.parquet": "test", "val/a.parquet": "test",
+    "default/train/0000.parquet": "train", "data.parquet": "train", "latest.parquet": "train"}.items())
+def test_a_part_of_the_path_names_the_split(path, split):
+    assert split_of(path) == split
+
+
+def test_a_folder_of_splits_is_no_folder_of_images(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path/"mine"/split).mkdir(parents=True)
+        (tmp_path/"mine"/split/"a.png").write_bytes(encoded(levels(1)[0]))
+    wanted = config("folder", tmp_path/"mine", tmp_path/"out", size=16)
+    with pytest.raises(BadInput, match="train"): prepare(wanted)
+    assert not list((tmp_path/"out").rglob("*.u8"))
 
 
 def test_folder(folder, tmp_path):

@@ -3,15 +3,12 @@ import json, os, random, signal, subprocess, sys, time, tracemalloc
 
 import numpy as np, pytest, torch
 import torch.distributed as dist
+from tiny import tiny_run
 
 from fastdiff_edu import generate as gn
 from fastdiff_edu.core import RunFailed
 from fastdiff_edu.data import to_uint8
-from fastdiff_edu.denoiser import diffusion_loss
 from fastdiff_edu.generate import Batch, SampleConfig, generate, generate_to, open_samples, prepared
-from fastdiff_edu.nets.unet import UNet, UNetConfig
-from fastdiff_edu.schedule import Schedule
-from fastdiff_edu.train import TrainConfig, fit
 
 gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -20,13 +17,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A training's folder: a tiny network with classes."
-    out = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    net = UNet(UNetConfig(8, 1, width=8, mult=(1, 2), blocks=1, attn=(), dropout=0., n_labels=10))
-    data = torch.rand(32, 1, 8, 8) * 2 - 1, torch.arange(32) % 10
-    cfg = TrainConfig(12, batch=8, lr=0.01, warmup=0, bar=False)
-    fit(diffusion_loss(Schedule.cosine(), "v"), net, data, cfg, out)
-    return out
+    return tiny_run(tmp_path_factory.mktemp("run"), weight="simple")
 
 
 @pytest.fixture(autouse=True)

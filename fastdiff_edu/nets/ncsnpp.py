@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core import require
 from .embeddings import LabelEmbedding, TimeEmbedding, check_inputs, initialised, linear
 from .fir import FirConv, FirDown, FirUp
-from .unet import Attention, conv3
+from .unet import Attention, Levels, conv3
 
 # %% ../../nbs/reference/ncsnpp.ipynb #5c40f803
 class Presets:
@@ -41,7 +41,7 @@ class Presets:
 
 # %% ../../nbs/reference/ncsnpp.ipynb #e302e9d1
 @dataclass(frozen=True)
-class NCSNppConfig(Presets):
+class NCSNppConfig(Presets, Levels):
     "Shape of an `NCSNpp`; the defaults are those for CIFAR-10 (Xiao et al. 2022, README.md)."
     size:int = 32              # rows, and columns, of an image
     in_ch:int = 3              # channels of an image
@@ -58,25 +58,10 @@ class NCSNppConfig(Presets):
     heads = 1                  # of attention: no field, as there is no choice
 
     def __post_init__(self):
-        for name in ("mult", "attn"):   # lists, where they come from JSON
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        _check_config(self)
-
-    @property
-    def levels(self):   # [(rows, channels)]
-        return [(self.size//2**k, self.width*m) for k, m in enumerate(self.mult)]
-
-# %% ../../nbs/reference/ncsnpp.ipynb #56c7bf86
-def _check_config(c:NCSNppConfig):
-    by, rows = 2**(len(c.mult) - 1), [r for r, _ in c.levels]
-    require(min(c.size, c.in_ch, c.blocks, c.groups, *c.mult, len(c.mult)) > 0,
-            "A generator's size, in_ch, blocks, groups and mult start at 1.")
-    require(min(c.z_dim, c.z_width) > 0 and min(c.z_layers, c.n_labels) >= 0,
-            "A generator's z_dim and z_width start at 1, its z_layers and n_labels at 0.")
-    require(c.width >= 4 and c.width % 2 == 0, f"A width of {c.width} will not do: take an even one from 4.")
-    require(c.size % by == 0, f"Images of {c.size} rows cannot be halved {len(rows) - 1} times: "
-                              f"use a multiple of {by}, or fewer levels.")
-    require(set(c.attn) <= set(rows), f"Attention is wanted at {c.attn} rows, but the levels have {rows}.")
+        self.check_levels()
+        require(min(self.in_ch, self.groups) > 0, "A generator's in_ch and groups start at 1.")
+        require(min(self.z_dim, self.z_width) > 0 and min(self.z_layers, self.n_labels) >= 0,
+                "A generator's z_dim and z_width start at 1, its z_layers and n_labels at 0.")
 
 # %% ../../nbs/reference/ncsnpp.ipynb #de24b3d0
 class Mapping(nn.Module):
