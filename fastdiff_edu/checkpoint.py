@@ -133,7 +133,7 @@ class Checkpoint:
 
     def load_into(self, net:nn.Module, which:str="ema") -> nn.Module:
         "Put saved weights into `net`, which is returned; one sentence when they are another network's."
-        tensors, known = self.tensors(which), self.manifest.get("net")
+        tensors, known = self.tensors(which), self.manifest.get(which, self.manifest.get("net"))
         gap = first_difference({"net": filled(known, net)}, {"net": describe(net)}) if known else None
         gap = gap or first_difference(shapes(tensors), shapes(net.state_dict()))
         require(gap is None, f"'{self.path}' holds another network ({gap}): build the one that was trained.")

@@ -80,7 +80,8 @@ class Denoiser:
 # %% ../nbs/04_denoiser.ipynb #ef92c170
 class Clipped:
     "A model whose x0 is kept inside [-1, 1], with eps made to agree again, Eq. 04.2."
-    def __init__(self, model:Callable): self.model, self.schedule = model, model.schedule
+    def __init__(self, model:Callable):
+        self.model, self.schedule, self.random = model, model.schedule, getattr(model, "random", False)
 
     def __call__(self, x:Tensor, t:float|Tensor, **cond) -> Prediction:
         pred = self.model(x, t, **cond)
@@ -88,7 +89,9 @@ class Clipped:
 
 class Counted:
     "A model that counts its evaluations in `nfe`."
-    def __init__(self, model:Callable): self.model, self.schedule, self.nfe = model, model.schedule, 0
+    def __init__(self, model:Callable):
+        self.model, self.schedule, self.nfe = model, model.schedule, 0
+        self.random = getattr(model, "random", False)
 
     def __call__(self, x:Tensor, t:float|Tensor, **cond) -> Prediction:
         self.nfe += 1

@@ -66,6 +66,7 @@ def sample(
     times = torch.as_tensor(grid).tolist()
     require(len(times) > 1, f"Got a grid of {len(times)} times: want at least 2, the two ends of one step.")
     check_times(*times)
+    if getattr(model, "random", False): cond["generator"] = generator
     model = Given(model, **cond)
     yield x
     for t, u in zip(times, times[1:]):

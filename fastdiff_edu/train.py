@@ -7,8 +7,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/train.html.md"""
 # %% auto #0
 __all__ = ['data_order', 'check_data', 'check_finite', 'batches', 'to_device', 'randomness', 'global_generators', 'reseed',
            'learning_rate', 'ema_decay', 'update_ema', 'make_optimizer', 'step_optimizer', 'in_parts', 'gradient',
-           'scalar_loss', 'start', 'train', 'fit', 'TrainConfig', 'Record', 'Checkpoint', 'load_checkpoint',
-           'save_checkpoint', 'read_log', 'first_difference', 'shows_bar']
+           'check_parts', 'scalar_loss', 'start', 'train', 'fit', 'TrainConfig', 'Record', 'Checkpoint',
+           'load_checkpoint', 'save_checkpoint', 'read_log', 'first_difference', 'shows_bar']
 
 # %% ../nbs/reference/train.ipynb #4a0e5fd8
 import copy, math
@@ -163,6 +163,11 @@ def gradient(
         total = total + loss.detach()
     return mean_over_ranks(total)
 
+def check_parts(cfg):
+    "Refuse a batch that cannot be dealt to the processes."
+    require(cfg.parts % world() == 0, f"Got {world()} processes for a batch in {cfg.parts} parts: "
+                                      "set parts to the number of processes, or a multiple of it.")
+
 def scalar_loss(loss:Tensor) -> Tensor:
     "The loss itself, if it is one number."
     came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -177,8 +182,7 @@ def start(
     "Check what came, and set up a run or take it up again."
     check_data(data)
     require(any(True for _ in net.parameters()), "The network has no parameters: there is nothing to train.")
-    require(cfg.parts % world() == 0, f"Got {world()} processes for a batch in {cfg.parts} parts: "
-                                      "set parts to the number of processes, or a multiple of it.")
+    check_parts(cfg)
     if cfg.channels_last: net.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(like_first(net)).eval().requires_grad_(False)
     out = None if out is None else writable_folder(out)

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from fastdiff_edu import sample as sample_module, solvers
 from fastdiff_edu.core import BadInput, randn_like, seeded
-from fastdiff_edu.data import GaussianMixture
 from fastdiff_edu.denoiser import Clipped, Counted, Denoiser
 from fastdiff_edu.nets.unet import UNet, UNetConfig
+from fastdiff_edu.oracle import GaussianMixture
 from fastdiff_edu.sample import ddim_step, ddpm_step, sample, sample_last
 from fastdiff_edu.schedule import Schedule
 from fastdiff_edu.solvers import (deis_step, dpm_fast, dpm_solver_step, dpmpp_2m_step, euler_maruyama_step,
