@@ -25,7 +25,6 @@ from .checkpoint import describe
 from .core import batch_t, randn_like, require, same_shape, writable_folder
 from .denoiser import Prediction, from_x0
 from .forward import posterior, q_sample, q_step
-from .nets.mlp import PointConfig, PointDiscriminator, PointGenerator
 from .oracle import GaussianMixture
 from .ranks import like_first, shared
 from .run import Run, after_step, check_common, guarded, resume, run_facts, steps_left

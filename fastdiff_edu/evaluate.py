@@ -7,7 +7,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/evaluate.html.md"""
 # %% auto #0
 __all__ = ['PIXEL_BOUND', 'METRICS', 'MEASURES', 'SETTINGS', 'INCEPTION', 'TITLES', 'ABOUT_MODEL', 'bits_per_dim',
            'EvaluateConfig', 'check_settings', 'Real', 'see_real', 'title', 'measured_by', 'judge', 'floor', 'entry',
-           'bound_entry', 'extractors', 'check_shapes', 'evaluate', 'words', 'report', 'table']
+           'bound_entry', 'extractors', 'check_fits', 'evaluate', 'words', 'report', 'table']
 
 # %% ../nbs/reference/evaluate.ipynb #700f970c
 import math
@@ -30,7 +30,7 @@ from .forward import bin_nll, variational_bound
 from .generate import SampleConfig, clips, facts, generate_to, open_samples
 from .hybrid import learned_bound
 from .metrics import frechet_distance, precision_recall
-from .models import load_denoiser, open_model, row_shape
+from .models import classes, generates, open_model, row_shape
 from .ranks import dealt, gathered, rank
 from .sample import Given
 from .train import first_difference
@@ -224,9 +224,8 @@ def entry(name:str, score:Score, how:dict, real:float|None, real_how:str) -> dic
 def bound_entry(cfg:EvaluateConfig) -> dict:
     "The bound over real images, in bits per dimension; nothing where another process has it."
     opened, where = open_model(cfg.ckpt, "net" if cfg.raw else "ema"), cfg.held_out or cfg.reference
-    denoiser, data = opened.denoiser, open_images(where)
-    labels, grid = denoiser.net.config.n_labels > 0, denoiser.schedule.grid(cfg.bound_steps)
-    denoiser.net.to(best_device())
+    denoiser, data = opened.model, open_images(where)
+    labels, grid = classes(denoiser.net.to(best_device())) > 0, denoiser.schedule.grid(cfg.bound_steps)
     model = Clipped(denoiser) if clips(cfg, row_shape(denoiser.net)) else denoiser
     rows = torch.randperm(len(data), generator=seeded(cfg.seed, "bound"))[:cfg.bound_n]
     bound, variance = (learned_bound, "learned") if denoiser.learned_var else (PIXEL_BOUND, "small")
@@ -252,9 +251,12 @@ def extractors(cfg:EvaluateConfig, bar:bool=True) -> list[tuple[Extractor, list[
     if apart: found.append((open_features(cfg.pr_features, bar=bar), apart))
     return found
 
-def check_shapes(cfg:EvaluateConfig) -> dict:
-    "Refuse data that the model's samples cannot be compared with; the reference's fingerprint."
-    shape = row_shape(load_denoiser(cfg.ckpt).net)
+def check_fits(cfg:EvaluateConfig) -> dict:
+    "Refuse what cannot be measured of this model, or compared with its samples; the reference's fingerprint."
+    opened = open_model(cfg.ckpt)
+    shape, bound = row_shape(opened.model.net), "bits" in cfg.metrics
+    require(not (bound and generates(opened.loss)),
+            "A generator draws its guesses and has no bound on a likelihood: leave 'bits' out of --metrics.")
     require(len(shape) == 3, f"The samples of '{cfg.ckpt}' are points, not images: evaluation is for images.")
     for where in filter(None, (cfg.reference, cfg.held_out)):
         ref = open_reference(where)
@@ -270,7 +272,7 @@ def evaluate(
     bar:bool=True,     # show progress, where there is someone to look at it
 ) -> dict:             # what is in evaluation.json; nothing in processes other than the first
     "Measure what `cfg` asks for, real images first, and write evaluation.json."
-    out, reference = writable_folder(cfg.out), check_shapes(cfg)
+    out, reference = writable_folder(cfg.out), check_fits(cfg)
     judges = [judge(eye, names, cfg, reference, bar) for eye, names in extractors(cfg, bar)]
     found = {}
     if judges:

@@ -6,14 +6,14 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/generate.html.md"""
 
 # %% auto #0
 __all__ = ['ADAPTIVE', 'SPACING', 'LATER', 'ARRAY', 'FACTS', 'methods', 'start_at', 'sampler', 'SampleConfig', 'start_noise',
-           'row_labels', 'Work', 'prepared', 'method_of', 'clips', 'facts', 'Batch', 'walks', 'drawn', 'generate',
-           'counted', 'finished', 'part_of', 'begin', 'save_batch', 'read_batch', 'put_together', 'generate_to',
-           'open_samples', 'load_denoiser', 'row_shape', 'schedule_named']
+           'row_labels', 'settled', 'settled_by', 'Work', 'prepared', 'clips', 'facts', 'Batch', 'walks', 'drawn',
+           'generate', 'counted', 'finished', 'part_of', 'begin', 'save_batch', 'read_batch', 'put_together',
+           'generate_to', 'open_samples', 'load_model', 'row_shape', 'schedule_named']
 
 # %% ../nbs/reference/generate.ipynb #8de9cc3b
 import io, json, math, os, shutil, zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,8 +29,8 @@ from .checkpoint import plain, seal
 from .core import (RunFailed, best_device, require, require_one_of, seeded, writable_folder,
                                write_bytes, write_json)
 from .data import to_uint8
-from .denoiser import Clipped, Counted, Denoiser
-from .models import Opened, load_denoiser, open_model, row_shape, schedule_named
+from .denoiser import Clipped, Counted
+from .models import Opened, classes, generates, load_model, open_model, row_shape, schedule_named
 from .ranks import dealt, everyone, rank
 from .sample import ddim_step, ddpm_step, sample
 from .schedule import Schedule
@@ -39,7 +39,7 @@ from .solvers import (deis_step, dpm_fast, dpm_solver_step, dpmpp_2m_step, euler
 from .sources import fingerprint
 from .train import TrainConfig, shows_bar
 
-_all_ = ["load_denoiser", "row_shape", "schedule_named"]
+_all_ = ["load_model", "row_shape", "schedule_named"]
 
 # %% ../nbs/reference/generate.ipynb #db52e09d
 def methods(eta:float=0.0) -> dict[str, Callable]:
@@ -90,8 +90,8 @@ class SampleConfig:
     dpmpp-2m, rk45, ggf.
     """
     ckpt:Path                     # a training's folder, a checkpoint in it, a diffusers folder, or owner/name
-    method:str = "ddim"           # how to sample, one of the names above
-    steps:int = 20                # of the grid; evaluations for dpm-fast; rk45 and ggf choose their own
+    method:str = "usual"          # one of the names above; usual: ddim, and for a generator ddpm
+    steps:int|None = None         # of the grid, dpm-fast: evaluations; none given: 20, or a generator's own
     eta:float = 0.0               # ddim's noise: 0 is none, 1 is as much as ddpm has
     spacing:str = "usual"         # uniform, quadratic, log_snr, edm; usual: what suits the method
     n:int = 64                    # how many samples
@@ -104,7 +104,8 @@ class SampleConfig:
 
     def __post_init__(self):
         for name in ("steps", "n", "batch"):
-            require(getattr(self, name) >= 1, f"Got {name} = {getattr(self, name)}: want at least 1.")
+            v = getattr(self, name)
+            require(v is None or v >= 1, f"Got {name} = {v}: want at least 1.")
 
 # %% ../nbs/reference/generate.ipynb #24f3f896
 def start_noise(shape:tuple, seed:int, rows:range) -> Tensor:
@@ -120,10 +121,28 @@ def row_labels(cfg:SampleConfig, n_labels:int) -> Tensor|None:
     turn = torch.tensor(cfg.labels or range(n_labels))
     return turn[torch.arange(cfg.n) % len(turn)]
 
-# %% ../nbs/reference/generate.ipynb #2c21b940
+# %% ../nbs/reference/generate.ipynb #3130e060
+def settled(cfg:SampleConfig, opened:Opened) -> SampleConfig:
+    "`cfg`, with the method and the number of steps that it leaves to the model."
+    if generates(opened.loss): return settled_by(opened.loss["steps"], cfg)
+    learned = cfg.method == "ddpm" and opened.model.learned_var
+    method = "ddpm-learned" if learned else "ddim" if cfg.method == "usual" else cfg.method
+    return replace(cfg, method=method, steps=cfg.steps or 20)
+
+def settled_by(T:int, cfg:SampleConfig) -> SampleConfig:
+    "The same for a generator of T steps; one sentence if `cfg` asks for others."
+    require_one_of(cfg.method, ("usual", *methods()), "method")
+    right = cfg.method in ("usual", "ddpm", "ddpm-small") and cfg.spacing in ("usual", "uniform")
+    require(right, f"Got '{cfg.method}' with spacing '{cfg.spacing}' for a generator: it was trained for "
+                   "'ddpm' on even steps, leave --method and --spacing out.")
+    require(cfg.steps in (None, T), f"Got {cfg.steps} steps for a generator that was trained for {T}: "
+                                    "leave --steps out, or train one with another --T.")
+    return replace(cfg, method="ddpm" if cfg.method == "usual" else cfg.method, steps=T)
+
+# %% ../nbs/reference/generate.ipynb #cc5599b0
 class Work(NamedTuple):
     "What a configuration asks for, ready to be drawn."
-    cfg:SampleConfig
+    cfg:SampleConfig  # settled
     model:Counted     # on `best_device`
     step:Callable     # with its grid, as from `sampler`
     grid:Tensor
@@ -137,26 +156,25 @@ class Work(NamedTuple):
 def prepared(cfg:SampleConfig) -> Work:
     "Open the model and find the sampler."
     opened = open_model(cfg.ckpt, "net" if cfg.raw else "ema")
-    denoiser, shape = opened.denoiser, row_shape(opened.denoiser.net)
-    step, grid = sampler(method_of(cfg, denoiser), cfg.steps, denoiser.schedule, cfg.eta, cfg.spacing)
-    y = row_labels(cfg, denoiser.net.to(best_device()).config.n_labels)
-    model = Counted(Clipped(denoiser) if clips(cfg, shape) else denoiser)
+    cfg, model, shape = settled(cfg, opened), opened.model, row_shape(opened.model.net)
+    step, grid = sampler(cfg.method, cfg.steps, model.schedule, cfg.eta, cfg.spacing)
+    y = row_labels(cfg, classes(model.net.to(best_device())))
+    model = Counted(Clipped(model) if clips(cfg, shape) else model)
     return Work(cfg, model, step, grid, shape, y, facts(cfg, opened))
-
-def method_of(cfg:SampleConfig, denoiser:Denoiser) -> str:
-    "The method's name, with the variance that 'ddpm' alone stands for."
-    return "ddpm-learned" if cfg.method == "ddpm" and denoiser.learned_var else cfg.method
 
 def clips(cfg:SampleConfig, shape:tuple) -> bool: return len(shape) == 3 and not cfg.no_clip
 
-# %% ../nbs/reference/generate.ipynb #3130e060
-def facts(cfg:SampleConfig, opened:Opened) -> dict:
+# %% ../nbs/reference/generate.ipynb #4d4fd5dc
+def facts(
+    cfg:SampleConfig,   # once it is `settled`
+    opened:Opened,
+) -> dict:
     "All that the samples depend on, as JSON gives it back."
-    shape = row_shape(opened.denoiser.net)
+    shape = row_shape(opened.model.net)
     return plain(dict(
         version=fastdiff_edu.__version__, torch=torch.__version__, threads=torch.get_num_threads(),
         device=str(best_device()), weights=opened.weights, loss=opened.loss,
-        method=method_of(cfg, opened.denoiser), steps=cfg.steps, eta=cfg.eta, spacing=cfg.spacing,
+        method=cfg.method, steps=cfg.steps, eta=cfg.eta, spacing=cfg.spacing,
         n=cfg.n, shape=shape, labels=cfg.labels, seed=cfg.seed, batch=cfg.batch, clipped=clips(cfg, shape),
         quantisation="as fastdiff_edu.data.to_uint8" if len(shape) == 3 else "none"))
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from .core import BadInput, require
 from .hub import Card, export_unet, recipe_of
-from .models import load_denoiser
+from .models import generates, load_model
 from .sources import SETS
 from .train import load_checkpoint
 
@@ -53,7 +53,9 @@ def numbers_in(
 def export(cfg:ExportConfig) -> Path:
     "Write the folder; the card is in its README.md."
     ckpt, which = load_checkpoint(cfg.ckpt), "net" if cfg.raw else "ema"
-    model, recipe = load_denoiser(ckpt, which), recipe_of(ckpt, which)
+    require(not generates(ckpt.manifest.get("loss", {})),
+            f"'{ckpt.path}' holds a generator: diffusers has no such network, share the folder as it is.")
+    model, recipe = load_model(ckpt, which), recipe_of(ckpt, which)
     data = recipe.get("data", {})
     known, said = SETS.get(data.get("name")), ", ".join(f"{k} {v}" for k, v in data.items())
     said += " (a JPEG copy)" * bool(data.get("jpeg"))

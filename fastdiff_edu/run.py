@@ -240,6 +240,7 @@ def tidy(run:Run):
         cut_log(run.out, 0, run.cfg)
         save_run(run)
 
+# %% ../nbs/reference/run.ipynb #df2566e0
 def restore_account(run:Run, manifest:dict):
     "The host's account as it stood when the checkpoint was saved."
     step, last, scalar = manifest["step"], manifest["last"], next(run.net.parameters()).new_tensor

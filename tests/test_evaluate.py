@@ -16,7 +16,7 @@ from fastdiff_edu.evaluate import EvaluateConfig, bits_per_dim, evaluate, report
 from fastdiff_edu.features import (Extractor, inception_score, joined, kernel_distance, load_features,
                                    look_at, merged, moments, read_statistics, write_statistics)
 from fastdiff_edu.forward import bin_nll, variational_bound
-from fastdiff_edu.generate import SampleConfig, generate, load_denoiser
+from fastdiff_edu.generate import SampleConfig, generate, load_model
 from fastdiff_edu.hub import export_unet
 from fastdiff_edu.hybrid import hybrid_loss, learned_bound
 from fastdiff_edu.metrics import frechet_distance, precision_recall
@@ -372,7 +372,7 @@ def test_a_denoiser_that_knows_nothing_pays_eight_bits():
 
 
 def test_bits_are_the_bound_averaged(run):
-    model, data = Clipped(load_denoiser(run)), digits("test")
+    model, data = Clipped(load_model(run)), digits("test")
     images, grid = Images(data.x[:30], data.y[:30]), model.schedule.grid(20)
     got = bits_per_dim(model, images, grid, seed=3, batch=30)
     x0 = images.batch(torch.arange(30))[0]
@@ -390,7 +390,7 @@ def test_networks_that_say_their_variances_are_judged_with_them(eye, tmp_path):
     net = UNet(UNetConfig(8, 1, 2, width=8, mult=(1, 2), blocks=1, attn=(), dropout=0., groups=4))
     cfg = TrainConfig(5, batch=8, lr=0.01, warmup=0, bar=False)
     fit(hybrid_loss(Schedule.linear()), net, digits().batch(torch.arange(32))[0], cfg, tmp_path/"run")
-    model, held = load_denoiser(tmp_path/"run"), digits("test")
+    model, held = load_model(tmp_path/"run"), digits("test")
     export_unet(model, tmp_path/"theirs")
     rows = torch.randperm(500, generator=seeded(0, "bound"))[:10]
     x0 = Images(held.x[rows], held.y[rows]).batch(torch.arange(10))[0]

@@ -11,7 +11,7 @@ from fastdiff_edu import hub
 from fastdiff_edu.cli import main
 from fastdiff_edu.core import BadInput, seeded
 from fastdiff_edu.denoiser import Clipped, Counted, Denoiser, diffusion_loss
-from fastdiff_edu.generate import (SampleConfig, generate, load_denoiser, methods, prepared, sampler,
+from fastdiff_edu.generate import (SampleConfig, generate, load_model, methods, prepared, sampler,
                                    start_noise)
 from fastdiff_edu.hub import export_unet
 from fastdiff_edu.hybrid import hybrid_loss
@@ -94,7 +94,7 @@ def test_ddpm_takes_the_variances_that_a_network_says(run, learned):
     assert said["method"] == "ddpm-learned" and usual.equal(x(learned, "ddpm-learned")[0])
     for other in ("ddpm-small", "ddpm-large"): assert not usual.equal(x(learned, other)[0])
     assert x(run, "ddpm")[1]["method"] == "ddpm" and x(run, "ddpm")[0].equal(x(run, "ddpm-small")[0])
-    model = load_denoiser(learned)
+    model = load_model(learned)
     assert model.learned_var and model(torch.zeros(2, 1, 8, 8), 0.5).var_frac.shape == (2, 1, 8, 8)
     with pytest.raises(BadInput, match="this one has no var_frac"): x(run, "ddpm-learned")
 
@@ -102,7 +102,7 @@ def test_ddpm_takes_the_variances_that_a_network_says(run, learned):
 @pytest.mark.parametrize("which", ["run", "learned"])
 def test_a_diffusers_folder_is_a_checkpoint(which, request, tmp_path):
     "Exported and read back, from the pipeline's folder and from the network's: the same samples."
-    model = load_denoiser(request.getfixturevalue("learned"))
+    model = load_model(request.getfixturevalue("learned"))
     if which == "run":
         net = UNet(UNetConfig(8, 1, width=8, mult=(1, 2), blocks=1, attn=(), dropout=0., groups=4))
         model = Denoiser(net.eval(), Schedule.cosine_iddpm(), "v")
@@ -121,7 +121,7 @@ def test_a_diffusers_folder_is_a_checkpoint(which, request, tmp_path):
 
 def test_a_name_on_the_hub_is_a_checkpoint(learned, tmp_path, monkeypatch):
     "What was fetched is a folder; the name and the checksum of the weights are recorded."
-    export_unet(load_denoiser(learned), tmp_path/"theirs")
+    export_unet(load_model(learned), tmp_path/"theirs")
     asked = []
     monkeypatch.setattr(hub, "fetched", lambda name, revision=None: asked.append(name) or tmp_path/"theirs")
     monkeypatch.chdir(tmp_path)
@@ -130,7 +130,7 @@ def test_a_name_on_the_hub_is_a_checkpoint(learned, tmp_path, monkeypatch):
     file = next((tmp_path/"theirs").rglob("*.safetensors"))
     assert facts["weights"]["sha256"] == fingerprint(file)["sha256"]
     for name in ("nowhere", "a/b/c", "theirs/nothing/here"):
-        with pytest.raises(BadInput, match=f"There is no '{name}': give a run's folder"): load_denoiser(name)
+        with pytest.raises(BadInput, match=f"There is no '{name}': give a run's folder"): load_model(name)
     assert len(asked) == 1
 
 
@@ -151,7 +151,7 @@ def test_a_run_is_not_taken_up_with_another_loss(tmp_path):
     for loss, words in ((diffusion_loss(Schedule.cosine()), "loss.schedule is Schedule.linear"),
                         (diffusion_loss(Schedule.linear(), "v"), "loss.kind is eps there and v here")):
         with pytest.raises(BadInput, match=words): train(loss)
-    assert load_denoiser(tmp_path).kind == "eps"
+    assert load_model(tmp_path).kind == "eps"
 
 
 def test_dpm_fast_takes_exactly_as_many_evaluations():

@@ -5,7 +5,7 @@ import pytest, torch
 
 from fastdiff_edu.cli import main
 from fastdiff_edu.hub import load_unet
-from fastdiff_edu.models import load_denoiser
+from fastdiff_edu.models import load_model
 
 TINY = ("train", "cifar10-ddpm", "--size", "tiny", "--net.groups", "8", "--steps", "4", "--sheet-every", "0")
 EYE = "runs/cifar10-features-tiny/cifar10-features-tiny.pt"
@@ -35,7 +35,7 @@ def test_export_by_command(place, monkeypatch, capsys):
                   '"method": "ddim"', '"steps": 3', "recall"):
         assert words in card
     assert "fid" not in card.lower(), "nothing here was measured through Inception"
-    model, theirs = load_denoiser("runs/cifar10-ddpm-tiny"), load_unet("published")
+    model, theirs = load_model("runs/cifar10-ddpm-tiny"), load_unet("published")
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(x, 0.3).eps, theirs(x, 0.3).eps, rtol=1e-4, atol=1e-5)
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
