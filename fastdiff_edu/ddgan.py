@@ -129,18 +129,18 @@ def r1_penalty(
 class DDGANConfig:
     "One run of `train_ddgan`; the defaults are the authors' for CIFAR-10 (Xiao et al. 2022, readme.md)."
     steps:int                # updates of both players; may be raised later, unless the rates are annealed
-    T:int = 4                # steps from noise to data
-    batch:int = 256          # rows per update
-    lr_g:float = 1.6e-4      # the generator's rate
-    lr_d:float = 1.25e-4     # the discriminator's
-    beta_1:float = 0.5       # of both Adams: a short memory of the gradient, because the other player moves
-    beta_2:float = 0.9       # and of its square
-    anneal:bool = True       # let both rates fall to `lr_end` along a half cosine
-    lr_end:float = 1e-5      # where they end
-    gamma:float = 0.02       # weight of R1
+    T:int = 4                # steps from noise to data (README)
+    batch:int = 256          # rows per update: 4 GPUs with 64 (README); 128 (appendix C)
+    lr_g:float = 1.6e-4      # the generator's rate (README, appendix C)
+    lr_d:float = 1.25e-4     # the discriminator's (README); 1e-4 (appendix C)
+    beta_1:float = 0.5       # of both Adams: a short memory, because the other player moves (train_ddgan.py)
+    beta_2:float = 0.9       # and of the gradient's square (train_ddgan.py)
+    anneal:bool = True       # both rates fall to `lr_end` along a half cosine (theirs once an epoch)
+    lr_end:float = 1e-5      # where they end (train_ddgan.py)
+    gamma:float = 0.02       # weight of R1 (README); 0.05 (appendix C)
     gamma_end:float|None = None  # where it ends, if it falls as the rates do (ours); None = it stays
-    lazy:int = 15            # R1 in every so many steps
-    ema:float = 0.9999       # decay of the generator's average
+    lazy:int = 15            # R1 in every so many steps (README)
+    ema:float = 0.9999       # decay of the generator's average (README, appendix C)
     ema_warmup:bool = False  # decay at most (1+s)/(10+s), so that a short run forgets its start
     seed:int = 0             # the address of all randomness
     log_every:int = 50       # updates per line of the log
@@ -162,6 +162,8 @@ def check_ddgan(c:DDGANConfig):
     for names, want in zip(("lr_g lr_d", "beta_1 beta_2", "gamma lr_end"), fits):
         for name in names.split():
             require(fits[want](getattr(c, name)), f"Got {name} = {getattr(c, name)}: give {want}.")
+    require(not c.anneal or c.lr_end <= min(c.lr_g, c.lr_d),
+            f"Got lr_end = {c.lr_end}: give at most the smaller rate.")
     require(c.gamma_end is None or c.anneal and 0 < min(c.gamma, c.gamma_end) and c.gamma_end < math.inf,
             f"Got gamma_end = {c.gamma_end}: give it with anneal, and it and gamma positive.")
 
@@ -184,10 +186,10 @@ def d_turn(gen:GeneratorModel, cfg:DDGANConfig, s:int) -> Callable:   # loss_fn(
         t, u = draw_steps(x0, cfg.T, generator)
         x_u, x_t = ddgan_pair(x0, t, u, gen.schedule, generator)
         with torch.no_grad(): fake = random_step(gen, x_t, t, u, generator, **cond)
-        flat = s % cfg.lazy == 0 and cfg.gamma > 0
-        real = disc(x_u.requires_grad_(flat), x_t, t, **cond)
+        due = s % cfg.lazy == 0 and cfg.gamma > 0
+        real = disc(x_u.requires_grad_(due), x_t, t, **cond)
         loss = d_loss(real, disc(fake, x_t, t, **cond))
-        return loss + r1_penalty(real, x_u, r1_weight(s, cfg)) if flat else loss
+        return loss + r1_penalty(real, x_u, r1_weight(s, cfg)) if due else loss
     return loss_fn
 
 def g_turn(disc:nn.Module, gen:GeneratorModel, cfg:DDGANConfig) -> Callable:  # loss_fn(net, batch, generator)
@@ -221,13 +223,16 @@ class DDGANRecord(NamedTuple):
 
 # %% ../nbs/10_ddgan.ipynb #e6bb6c7c
 def adam(net:nn.Module, lr:float, cfg:DDGANConfig) -> torch.optim.Optimizer:
-    "A player's optimizer."
+    "A player's optimizer; no old gradient stays."
     net.zero_grad()
     return torch.optim.Adam(net.parameters(), lr, betas=(cfg.beta_1, cfg.beta_2), fused=True)
 
 def start_ddgan(gen:GeneratorModel, disc:nn.Module, data, cfg:DDGANConfig, out:str|Path|None) -> Run:
     "Set up a run of two players, or take it up again."
     check_data(data); check_parts(cfg)
+    for name, net in (("generator", gen.net), ("discriminator", disc)):
+        require(isinstance(net, nn.Module) and any(True for _ in net.parameters()),
+                f"The {name} is no network with parameters: there is nothing to train.")
     if cfg.channels_last:
         for net in (gen.net, disc): net.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(like_first(gen.net)).eval().requires_grad_(False)
@@ -249,9 +254,11 @@ def move(net:nn.Module, opt:torch.optim.Optimizer, lr:float) -> Tensor:
 @contextmanager
 def frozen(net:nn.Module) -> Iterator[None]:
     "Meanwhile gradients go through `net`, and none to its weights."
-    net.requires_grad_(False)
+    moving = [p for p in net.parameters() if p.requires_grad]
+    for p in moving: p.requires_grad_(False)
     try: yield
-    finally: net.requires_grad_(True)
+    finally:
+        for p in moving: p.requires_grad_(True)
 
 # %% ../nbs/10_ddgan.ipynb #d4b384e4
 def train_ddgan(

@@ -11,11 +11,11 @@ __all__ = ['PLAYER', 'SCHEDULE', 'labelled', 'DigitGenerator', 'DigitDiscriminat
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .data import digits
 from .ddgan import DDGANConfig, GeneratorModel, train_ddgan
+from .nets.embeddings import check_inputs
 from .nets.mlp import PointConfig, PointDiscriminator, PointGenerator
 from .schedule import Schedule
 
@@ -24,19 +24,26 @@ PLAYER = PointConfig(dim=64 + 10, z_dim=16, width=256, waves=0, skip=1.)   # the
 SCHEDULE = Schedule.vp(t_min=1e-3)
 
 def labelled(
-    x:Tensor,      # digits, (B, 1, 8, 8)
-    y:Tensor,      # which ones, 0 to 9, (B,)
-) -> Tensor:       # (B, 74)
+    x:Tensor,        # digits, (B, 1, 8, 8)
+    t:Tensor,        # times, (B,)
+    y:Tensor|None,   # which ones, 0 to 9, (B,); -1 or None: any
+) -> Tensor:         # (B, 74)
     "A digit and its label as a point."
-    return torch.cat([x.flatten(1), F.one_hot(y, 10).to(x)], 1)
+    check_inputs(x, t, y, (1, 8, 8), 10)
+    if y is None: y = torch.full_like(t, -1)
+    return torch.cat([x.flatten(1), (y[:, None] == torch.arange(10, device=x.device)).to(x)], 1)
 
 class DigitGenerator(PointGenerator):
     "Noisy digits (B, 1, 8, 8), z (B, z_dim), times and labels (B,) to clean digits in (-1, 1)."
-    def forward(self, x, z, t, y): return super().forward(labelled(x, y), z, t)[:, :64].tanh().view_as(x)
+    shape, n_labels = (1, 8, 8), 10
+
+    def forward(self, x, z, t, y=None):
+        return super().forward(labelled(x, t, y), z, t)[:, :64].tanh().view_as(x)
 
 class DigitDiscriminator(PointDiscriminator):
     "Both ends of a step, (B, 1, 8, 8) each, times and labels (B,) to answers (B,)."
-    def forward(self, x_u, x_t, t, y): return super().forward(labelled(x_u, y), labelled(x_t, y), t)
+    def forward(self, x_u, x_t, t, y=None):
+        return super().forward(labelled(x_u, t, y), labelled(x_t, t, y), t)
 
 # %% ../nbs/reference/digit_gan.ipynb #72c10b79
 def digit_gan_config(T:int, seed:int=0) -> DDGANConfig:

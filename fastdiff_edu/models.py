@@ -18,6 +18,7 @@ import torch
 from .core import BadInput, require, require_one_of
 from .ddgan import GeneratorModel
 from .denoiser import Denoiser
+from .digit_gan import DigitGenerator
 from .hub import WEIGHTS, load_unet, model_folder
 from .nets.mlp import MLP, MLPConfig, PointConfig, PointGenerator
 from .nets.ncsnpp import NCSNpp, NCSNppConfig
@@ -41,7 +42,7 @@ def schedule_named(
 
 # %% ../nbs/reference/models.ipynb #34a857df
 NETS = dict(MLP=(MLP, MLPConfig), UNet=(UNet, UNetConfig), NCSNpp=(NCSNpp, NCSNppConfig),
-            PointGenerator=(PointGenerator, PointConfig))
+            PointGenerator=(PointGenerator, PointConfig), DigitGenerator=(DigitGenerator, PointConfig))
 
 class Opened(NamedTuple):
     "A model, and where it comes from."
@@ -108,8 +109,9 @@ def load_model(path:str|Path|Checkpoint, which:str="ema") -> Denoiser|GeneratorM
 def row_shape(net:torch.nn.Module) -> tuple:
     "The shape of one sample of this network."
     c = net.config
+    if hasattr(net, "shape"): return net.shape
     return (c.dim,) if hasattr(c, "dim") else (c.in_ch, c.size, c.size)
 
 def classes(net:torch.nn.Module) -> int:
     "How many labels this network knows; 0: it takes none."
-    return getattr(net.config, "n_labels", 0)
+    return getattr(net, "n_labels", getattr(net.config, "n_labels", 0))

@@ -122,7 +122,7 @@ class Cifar10DDGAN(Adversarial):
     All values are those of the README of the authors' denoising-diffusion-gan, but where they say otherwise.
     """
     name:ClassVar[str] = "cifar10-ddgan"
-    steps:int = 351_562     # updates: 1,800 epochs of 50,000 images (README); 400,000 (appendix C)
+    steps:int = 351_562     # updates: 1,800 epochs (README; it evaluates 1,200); 400,000 (appendix C)
 
 @dataclass(frozen=True)
 class CelebaHQDDGAN(Adversarial):
@@ -131,10 +131,10 @@ class CelebaHQDDGAN(Adversarial):
     All values are those of the README of the authors' denoising-diffusion-gan, but where they say otherwise.
     """
     name:ClassVar[str] = "celebahq-ddgan"
-    steps:int = 675_000      # updates: 800 epochs of 27,000 images (README); 750,000 (appendix C)
+    steps:int = 675_000      # updates: 800 epochs (README; it evaluates 550); 750,000 (appendix C)
     T:int = 2                # steps from noise to data (README)
     batch:int = 32           # rows per update: 8 GPUs with 4 each (README)
-    lr_g:float = 2e-4        # the generator's rate (README); 1.6e-4 or 2e-4 (appendix C)
+    lr_g:float = 2e-4        # the generator's rate (README); 1.6e-4 (appendix C)
     lr_d:float = 1e-4        # the discriminator's (README)
     gamma:float = 2.0        # weight of R1 (README); 1 (appendix C)
     lazy:int = 10            # R1 in every so many steps (README)
@@ -223,7 +223,7 @@ def finish(self:Gaussians, record:DDGANRecord, data:Points):
 # %% ../nbs/reference/recipes.ipynb #083d7237
 @dataclass(frozen=True)
 class GaussiansPaper(Gaussians):
-    """The 25 Gaussians at the sizes that the paper names (Xiao et al. 2022); an hour or more on a CPU core.
+    """The 25 Gaussians at the sizes that the paper names (Xiao et al. 2022); about an hour on a CPU core.
 
     It names layers, batch, updates and T; all other values are ours, and so are the Gaussians.
     """

@@ -207,6 +207,7 @@ def run_facts(
 
 def data_length(data) -> int: return len(data[0] if type(data) is tuple else data)
 
+# %% ../nbs/reference/run.ipynb #b164c164
 def check_same_run(manifest:dict, run:Run):
     "Refuse to go on with another run's checkpoint, or to go back."
     free = [k for k in FREE if k != "steps" or not run.cfg.anneal]
@@ -214,7 +215,8 @@ def check_same_run(manifest:dict, run:Run):
     config = {**usual(run.cfg), **manifest["config"]}
     then = {**manifest, "config": config, "net": filled(manifest["net"], run.net)}
     gap = first_difference(fixed(then), fixed(run.facts))
-    require(gap is None, f"The folder '{run.out}' holds another run ({gap}): give another folder.")
+    why = " (a falling rate depends on where it ends)" if gap and gap.startswith("config.steps") else ""
+    require(gap is None, f"The folder '{run.out}' holds another run ({gap}{why}): give another folder.")
     step, steps = manifest["step"], run.cfg.steps
     require(step <= steps, f"The run in '{run.out}' is at step {step} already: give more steps than {steps}.")
 

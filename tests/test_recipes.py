@@ -13,6 +13,7 @@ from fastdiff_edu.data import digits
 from fastdiff_edu.generate import load_model
 from fastdiff_edu.recipes import RECIPES
 from fastdiff_edu.rehearsal import rehearse
+from fastdiff_edu.schedule import Schedule
 from fastdiff_edu.train import load_checkpoint, read_log
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -218,3 +219,16 @@ def test_every_value_of_a_recipe_says_where_it_is_from():
             assert origin, f"{node.name}.{field.target.id} does not say where it is from"
             found += 1
     assert found > 30
+
+
+def test_the_authors_values_of_ddgan():
+    "Xiao et al. 2022, README and train_ddgan.py: batch, rates, Adam, R1, average, schedule, updates."
+    names = "T batch lr_g lr_d beta_1 beta_2 anneal lr_end gamma lazy ema flip".split()
+    values = lambda name: tuple(getattr(RECIPES[name](), k) for k in names)
+    adam = (0.5, 0.9, True, 1e-5)
+    assert values("cifar10-ddgan") == (4, 256, 1.6e-4, 1.25e-4, *adam, 0.02, 15, 0.9999, True)
+    assert values("celebahq-ddgan") == (2, 32, 2e-4, 1e-4, *adam, 2.0, 10, 0.9999, True)
+    assert RECIPES["cifar10-ddgan"]().steps == 1800 * 50_000 // 256
+    assert RECIPES["celebahq-ddgan"]().steps == 800 * 27_000 // 32
+    for name in ("cifar10-ddgan", "celebahq-ddgan"):
+        assert RECIPES[name]().schedule == str(Schedule.vp(0.1, 20.0, 1e-3))

@@ -40,3 +40,12 @@ def test_its_accuracy_is_what_is_stored(tmp_path):
     hits = sum((eye(x, probs=True)[1].argmax(1).cpu() == y).sum().item()
                for x, y in zip(images.x.split(500), images.y.split(500)))
     assert hits / len(images) == pytest.approx(told["test_accuracy"], abs=1e-3)
+
+
+def test_the_25_gaussians_are_all_there():
+    "Three seeds of the short recipe, and one run of the paper's size."
+    short, long = (json.loads((RESULTS/f"ddgan25{k}.json").read_text()) for k in ("", "-paper"))
+    assert [run["protocol"]["seed"] for run in short["runs"]] == [0, 1, 2]
+    assert long["run"]["protocol"]["step"] == 50_000
+    for run in (*short["runs"], long["run"]): assert run["modes"] == run["of"] == 25 and run["share"] >= 0.7
+    assert all(run["seconds"] < 600 for run in short["runs"])

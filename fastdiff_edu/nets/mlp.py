@@ -112,6 +112,9 @@ class PointGenerator(nn.Module):
         self.body = TimedLayers(c.dim*(1 + 2*c.waves) + c.z_dim, c.dim, c)
 
     def forward(self, x, z, t, y=None):
+        check_inputs(x, t, y, (self.config.dim,), 0)
+        require(z.shape == (len(x), self.config.z_dim),
+                f"Got latents of shape {tuple(z.shape)}: want ({len(x)}, {self.config.z_dim}).")
         return self.config.skip * x + self.body(torch.cat([waves(x, self.config.waves), z], 1), t)
 
 class PointDiscriminator(nn.Module):
@@ -122,4 +125,5 @@ class PointDiscriminator(nn.Module):
         self.body = TimedLayers(2*c.dim*(1 + 2*c.waves), 1, c)
 
     def forward(self, x_u, x_t, t, y=None):
+        for x in (x_u, x_t): check_inputs(x, t, y, (self.config.dim,), 0)
         return self.body(waves(torch.cat([x_u, x_t], 1), self.config.waves), t)[:, 0]
