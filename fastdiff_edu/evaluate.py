@@ -272,7 +272,7 @@ def evaluate(
     bar:bool=True,     # show progress, where there is someone to look at it
 ) -> dict:             # what is in evaluation.json; nothing in processes other than the first
     "Measure what `cfg` asks for, real images first, and write evaluation.json."
-    out, reference = writable_folder(cfg.out), check_fits(cfg)
+    reference, out = check_fits(cfg), writable_folder(cfg.out)
     judges = [judge(eye, names, cfg, reference, bar) for eye, names in extractors(cfg, bar)]
     found = {}
     if judges:

@@ -254,7 +254,8 @@ def test_from_training_to_numbers(tmp_path, capsys):
     fid = numbers["fid"]
     assert fid["protocol"]["made"]["steps"] == 4 and fid["value"] > fid["real"]
     capsys.readouterr()
-    for args, words in ((("evaluate", str(run), *small, "--metrics", "bits"), "leave 'bits' out"),
+    no_bits = "evaluate", str(run), "--metrics", "bits", "--out", "refused"
+    for args, words in ((no_bits, "leave 'bits' out"),
                         (("export", str(run), "published"), "holds a generator"),
                         (("sample", str(run), "--method", "ddim"), "leave --method and --spacing out"),
                         (("sample", str(run), "--steps", "8"), "was trained for 4"),
@@ -262,7 +263,7 @@ def test_from_training_to_numbers(tmp_path, capsys):
         assert main([*args]) == 2
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1
-    assert not (tmp_path/"published").exists()
+    assert not (tmp_path/"published").exists() and not (tmp_path/"refused").exists()
 
 
 @pytest.mark.parametrize("T", [1, 2, 8])
