@@ -40,7 +40,9 @@ def reverse_density(
     schedule:Schedule,
 ) -> GaussianMixture:               # of x_u
     "q(x_u | x_t): a Gaussian for each mode, weighted by its responsibility, Eq. 10.1."
-    require(xt.ndim == 1, f"Got points {tuple(xt.shape)}: give one, (D,).")
+    want = tuple(mix.means.shape[1:])
+    require(xt.shape == want, f"Got points {tuple(xt.shape)}: give one, {want}.")
+    require(u != t, f"Got a step from t = {t} to the same time: give u < t.")
     beta, var_u = schedule.beta(t, u), mix.at(u, schedule).std**2
     var_t, gap = mix.at(t, schedule).std**2, xt - schedule.alpha(t) * mix.means       # (K,), (K, D)
     mean = schedule.alpha(u) * mix.means + ((1 - beta)**0.5 * var_u / var_t)[:, None] * gap
@@ -99,6 +101,7 @@ def draw_steps(
     generator:torch.Generator|None=None,
 ) -> tuple[Tensor, Tensor]:                 # t, u, (B,)
     "One of the T steps for each row, all equally likely."
+    require(T >= 1, f"Got T = {T}: give at least 1 step.")
     i = torch.randint(1, T + 1, (len(x0),), generator=generator, device=x0.device).to(x0.dtype)
     return i / T, (i - 1) / T
 
@@ -121,6 +124,7 @@ def r1_penalty(
     gamma:float,      # the weight
 ) -> Tensor:          # a scalar
     "gamma / 2 times the mean squared length of D's gradient in x_u, a length per example, Eq. 10.8."
+    require(x_u.requires_grad, "R1 asks for a slope: set x_u.requires_grad_() before D is asked.")
     slope, = torch.autograd.grad(real.sum(), x_u, create_graph=True)
     return gamma / 2 * slope.square().flatten(1).sum(1).mean()
 

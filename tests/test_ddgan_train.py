@@ -24,20 +24,12 @@ from fastdiff_edu.rehearsal import rehearse
 from fastdiff_edu.schedule import Schedule
 from fastdiff_edu.train import TrainConfig, fit, load_checkpoint, read_log
 
+pytestmark = pytest.mark.usefixtures("in_a_folder")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 SCHEDULE = Schedule.vp(t_min=1e-3)
 POINTS = gaussians_25().sample(100, seeded(0, "points")).float()
 CFG = DDGANConfig(12, batch=16, lr_g=1e-3, lr_d=1e-3, lazy=3, ema=0.9, log_every=3, save_every=4, bar=False)
 STATES = ("net", "ema", "optimizer", "disc", "disc_optimizer")
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def points(seed:int=0, width:int=16) -> tuple[GeneratorModel, nn.Module]:

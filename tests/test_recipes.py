@@ -16,6 +16,7 @@ from fastdiff_edu.rehearsal import rehearse
 from fastdiff_edu.schedule import Schedule
 from fastdiff_edu.train import load_checkpoint, read_log
 
+pytestmark = pytest.mark.usefixtures("in_a_folder")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 SHORT = ("--size", "tiny", "--no-bar", "--sheet-every", "0")
 
@@ -36,15 +37,6 @@ def trained(folder, *args, processes:int=1):
 def weights(out, which:str="net") -> torch.Tensor:
     tensors = load_checkpoint(out).tensors(which)
     return torch.cat([tensors[k].flatten() for k in sorted(tensors)])
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", RECIPES)
