@@ -11,10 +11,10 @@ LAYERS = [  # within a layer, what stands left may be imported by what stands ri
     ["forward", "metrics", "features", "classifier"],
     ["denoiser"],
     ["oracle", "sample", "solvers", "guidance"],
-    ["hybrid", "ddgan", "digit_gan", "distill", "variants"],
+    ["hybrid", "ddgan", "digit_gan", "distill", "digit_students", "variants"],
     ["guided_distill", "edit"],
-    ["layout", "hub", "models", "generate", "experiment", "rehearsal", "recipes",
-     "evaluate", "publish"],
+    ["layout", "hub", "models", "generate", "rows", "experiment", "chain", "students", "rehearsal",
+     "recipes", "evaluate", "publish"],
     ["race", "timing", "bench"],
     ["cli"],
 ]

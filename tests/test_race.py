@@ -7,12 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from fastdiff_edu.checkpoint import checkpoints
+from fastdiff_edu.checkpoint import checkpoints, load_checkpoint
 from fastdiff_edu.core import BadInput
+from fastdiff_edu.denoiser import Counted
+from fastdiff_edu.distill import trajectory_end
+from fastdiff_edu.oracle import gaussians_25
 from fastdiff_edu.race import REAL, RaceConfig, chosen, methods, race, table
+from fastdiff_edu.schedule import Schedule
 
 TINY = """
 import sys
@@ -20,11 +26,15 @@ from dataclasses import replace
 from pathlib import Path
 from fastdiff_edu import metrics, race as r
 judge, teacher, gan = metrics.digit_classifier, r.teacher_config, r.digit_gan_config
+chain, knowledge = r.digit_chain_config, r.digit_knowledge_config
 metrics.digit_classifier = lambda out, seed: judge(out, seed, steps=30)
-r.teacher_config = lambda quick: replace(teacher(quick), steps=30, save_every=5)
+r.teacher_config = lambda cfg: replace(teacher(cfg), steps=30, save_every=5)
 r.digit_gan_config = lambda T, seed=0: replace(gan(T, seed), steps=60, batch=32, save_every=5)
+r.digit_chain_config = lambda seed: replace(chain(seed), steps=6, late_steps=9, batch=16, save_every=3)
+few = dict(steps=30, batch=16, teacher_steps=2, save_every=5)
+r.digit_knowledge_config = lambda seed: replace(knowledge(seed), **few)
 r.images_per_method = lambda cfg: 40
-methods = "ddpm-20", "ddpm-10", "ddpm-4", "ddgan-2"
+methods = "ddpm-20", "ddpm-10", "ddpm-4", "ddgan-2", "pd-16", "pd-1", "kd-1"
 r.race(r.RaceConfig(out=Path(sys.argv[1]), methods=methods, seed=int(sys.argv[2])))
 """
 
@@ -58,14 +68,28 @@ def test_writes_what_it_promises(undisturbed):
     there = {p.name for p in out.iterdir()}
     assert {"scoreboard.json", "scoreboard.md", "trilemma.png", "protocol.json"} <= there
     sheets = {p.stem for p in (out/"sheets").iterdir()}
-    assert sheets == {"ddpm-20", "ddpm-10", "ddpm-4", "ddgan-2", "real-digits-held-out"}
+    names = ["ddpm-20", "ddpm-10", "ddpm-4", "ddgan-2", "pd-16", "pd-1", "kd-1"]
+    assert sheets == {*names, "real-digits-held-out"}
     rows = scoreboard(out)
-    assert [row["method"] for row in rows] == [REAL, "ddpm-20", "ddpm-10", "ddpm-4", "ddgan-2"]
-    assert [row["evaluations"] for row in rows] == [0, 20, 10, 4, 2]
+    assert [row["method"] for row in rows] == [REAL, *names]
+    assert [row["evaluations"] for row in rows] == [0, 20, 10, 4, 2, 16, 1, 1]
     assert all(0 <= row[k] <= 1 for row in rows for k in ("coverage", "label_agreement"))
-    for name in ("judge", "teacher", "ddgan-2"): assert f"{name}: training, kept in {out/name}" in said
+    for name in ("judge", "teacher", "ddgan-2", "pd", "kd"):
+        assert said.count(f"{name}: training, kept in {out/name}") == 1
     protocol = json.loads((out/"scoreboard.json").read_text())["protocol"]
     assert protocol["images"] == 40 and protocol["ddgan"]["train"]["steps"] == 60
+    assert protocol["pd"]["late_steps"] == 9 and protocol["kd"]["teacher_steps"] == 2
+
+
+def test_all_students_have_the_teacher_of_the_race(undisturbed):
+    out, _ = undisturbed
+    files = {name: load_checkpoint(out/name).manifest for name in ("teacher", "kd")}
+    for n in (16, 8, 4, 2, 1): files[n] = load_checkpoint(out/"pd"/f"student-{n}").manifest
+    weights = {name: manifest["files"]["ema.safetensors"]["sha256"] for name, manifest in files.items()}
+    taught = {name: manifest["loss"]["teacher"] for name, manifest in files.items() if name != "teacher"}
+    for name, above in {"kd": "teacher", 16: "teacher", 8: 16, 4: 8, 2: 4, 1: 2}.items():
+        assert taught[name]["sha256"] == weights[above], f"{name} has another teacher than {above}"
+    assert [taught[n]["steps"] for n in ("kd", 16, 1)] == [2, 32, 2]
 
 
 def test_second_run_reuses(undisturbed):
@@ -76,11 +100,13 @@ def test_second_run_reuses(undisturbed):
     assert (out/"scoreboard.json").read_text() == before
 
 
-def test_a_generator_is_trained_once(undisturbed, tmp_path):
+def test_a_network_is_trained_once(undisturbed, tmp_path):
     out = tmp_path/"copy"
     shutil.copytree(undisturbed[0], out)
-    for file in (out/"rows").glob("dd*"): file.unlink()
-    assert f"ddgan-2: trained before, reused from {out/'ddgan-2'}" in finish(tiny(out))
+    for file in (out/"rows").iterdir(): file.unlink()
+    said = finish(tiny(out))
+    for name in ("ddgan-2", "pd", "kd"):
+        assert said.count(f"{name}: trained before, reused from {out/name}") == 1
     assert scoreboard(out) == scoreboard(undisturbed[0])
 
 
@@ -97,13 +123,14 @@ def test_killed_at_any_moment_it_ends_the_same(undisturbed, tmp_path, seed):
     assert not [p for p in out.rglob("*.tmp")], "something half-written was left"
 
 
-def test_killed_while_a_generator_trains_it_ends_the_same(undisturbed, tmp_path):
+@pytest.mark.parametrize("trained", ["ddgan-2", "pd/student-4", "kd"])
+def test_killed_while_a_network_trains_it_ends_the_same(undisturbed, tmp_path, trained):
     out, until = tmp_path/"killed", time.time() + 120
     process = tiny(out)
-    while len(checkpoints(out/"ddgan-2")) < 2 and time.time() < until: time.sleep(0.01)
+    while len(checkpoints(out/trained)) < 2 and time.time() < until: time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (out/"ddgan-2"/"done.json").exists(), "it was not killed in the middle"
+    assert not (out/trained.split("/")[0]/"done.json").exists(), "it was not killed in the middle"
     finish(tiny(out))
     assert scoreboard(out) == scoreboard(undisturbed[0])
 
@@ -122,8 +149,20 @@ def test_methods_are_chosen():
         chosen(RaceConfig(methods=("ddmp-4",)))
     with pytest.raises(BadInput, match="Unknown method 'ddgan4': did you mean 'ddgan-4'"):
         chosen(RaceConfig(methods=("ddgan4",)))
-    gans = {"ddgan-4", "ddgan-2", "ddgan-1"}
-    assert gans <= set(chosen(RaceConfig())) and not gans & set(chosen(RaceConfig(quick=True)))
+    own = {"ddgan-4", "ddgan-2", "ddgan-1", "pd-16", "pd-8", "pd-4", "pd-2", "pd-1", "kd-1"}
+    assert own <= set(chosen(RaceConfig())) and not own & set(chosen(RaceConfig(quick=True)))
+
+
+def test_a_student_takes_the_steps_that_it_was_made_for():
+    schedule, points = Schedule.cosine(), torch.zeros(3, 2, dtype=torch.float64)
+    teacher = gaussians_25().denoiser(schedule)
+    students = {n: Counted(teacher) for n in (16, 8, 4, 2, 1)}
+    for n, student in students.items():
+        entry = methods()[f"pd-{n}"].prepare(SimpleNamespace(teacher=teacher, students=students))
+        assert entry.model is student
+        end = entry.sample(student, points, None, None)
+        assert student.nfe == n == methods()[f"pd-{n}"].evaluations
+        torch.testing.assert_close(end, trajectory_end(teacher, points, n), rtol=0, atol=0)
 
 
 def test_bad_input_leaves_nothing(tmp_path):
