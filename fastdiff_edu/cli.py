@@ -6,8 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/cli.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'HELP', 'LOOK', 'run_race', 'run_bench', 'draw_sheet', 'run_sample', 'run_prepare', 'run_evaluate',
-           'RecipesConfig', 'TrainCommand', 'loss_curve', 'run_train', 'run_recipes', 'run_export', 'parse',
-           'parse_recipe', 'one_sentence', 'flags', 'main']
+           'RecipesConfig', 'TrainCommand', 'loss_curve', 'run_train', 'run_recipes', 'run_export', 'parse', 'is_tiny',
+           'parse_recipe', 'parse_chain', 'one_sentence', 'flags', 'other_words', 'as_written', 'main']
 
 # %% ../nbs/reference/cli.ipynb #9051df45
 import contextlib, io, re, sys, traceback
@@ -30,7 +30,7 @@ from .race import RaceConfig, race, table
 from .ranks import joined, rank
 from .recipes import RECIPES, recipe_table
 from .rehearsal import rehearse
-from .train import read_log
+from .students import Distill, chain_for
 
 # %% ../nbs/reference/cli.ipynb #d7fbaa9d
 def run_race(cfg:RaceConfig):
@@ -42,10 +42,17 @@ def run_bench(cfg:BenchConfig):
     "Measure and show the ratios."
     print(bench(cfg))
 
-def draw_sheet(samples, title:str, file:Path):
-    "Samples as a picture: images in rows, or points in the plane."
-    writable_folder(file.parent)
-    viz.save((viz.sheet if samples.ndim == 4 else viz.scatter)(samples, title=title), file)
+def draw_sheet(
+    samples,       # images, points in the plane, or several sets of images, each with its name
+    title:str, file:Path,
+    labels=None,   # a word for each row of images
+):
+    "Samples as a picture, in the look of the course."
+    viz.use_style(), writable_folder(file.parent)
+    if isinstance(samples, dict): figure = viz.sheets(samples, 4, title)
+    elif samples.ndim == 2: figure = viz.scatter(samples, title=title)
+    else: figure = viz.sheet(samples, labels and len(samples) // len(labels), title, labels)
+    viz.save(figure, file)
 
 def run_sample(cfg:SampleConfig):
     "Sample, and write the array, its facts and a sheet of the first hundred."
@@ -82,10 +89,7 @@ class TrainCommand:
 # %% ../nbs/reference/cli.ipynb #29318803
 def loss_curve(recipe:Recipe):
     "The log as a picture."
-    log = read_log(recipe.folder)
-    steps, names = [line["step"] for line in log], [key for key in log[0] if key.endswith("loss")]
-    losses = {name.replace("_", " "): [line[name] for line in log] for name in names}
-    return viz.curves(steps, losses, title=f"{recipe.name}: loss over {steps[-1]:,} updates",
+    return viz.curves(None, recipe.losses(), title=f"{recipe.name}: loss over {recipe.updates:,} updates",
                       xlabel="update", ylabel=f"loss, mean of {recipe.log_every} updates")
 
 def run_train(recipe:Recipe):
@@ -94,10 +98,11 @@ def run_train(recipe:Recipe):
         said = rehearse(recipe)
         if rank() == 0: print(said)
         return
-    record = run(recipe, draw_sheet)
+    run(recipe, draw_sheet)
     if rank(): return
     viz.save(loss_curve(recipe), recipe.folder/"loss.png")
-    print(f"{recipe.name}: {record.step} steps; checkpoints, log, sheets and loss.png are in {recipe.folder}")
+    print(f"{recipe.name}: {recipe.updates} steps; checkpoints, log, sheets and loss.png are in "
+          f"{recipe.folder}")
 
 def run_recipes(cfg:RecipesConfig):
     "List the recipes."
@@ -109,7 +114,8 @@ def run_export(cfg:ExportConfig):
     print(f"weights, settings and model card are in {export(cfg)}")
 
 COMMANDS = {"race": (RaceConfig, run_race), "train": (TrainCommand, run_train),
-            "recipes": (RecipesConfig, run_recipes), "sample": (SampleConfig, run_sample),
+            "distill": (Distill, run_train), "recipes": (RecipesConfig, run_recipes),
+            "sample": (SampleConfig, run_sample),
             "evaluate": (EvaluateConfig, run_evaluate), "data-prepare": (PrepareConfig, run_prepare),
             "export": (ExportConfig, run_export), "bench": (BenchConfig, run_bench)}
 
@@ -124,6 +130,7 @@ def parse(args:list[str]):
     try:
         with contextlib.redirect_stderr(said):
             if args[0] == "train" and args[1:]: return parse_recipe(args[1:])
+            if args[0] == "distill": return parse_chain(args[1:])
             configs = {name: config for name, (config, _) in COMMANDS.items()}
             return tyro.extras.subcommand_cli_from_dict(configs, prog="fastdiff", description=HELP, args=args,
                                                         config=LOOK)
@@ -131,9 +138,13 @@ def parse(args:list[str]):
         if not e.code: raise          # --help
         raise BadInput(one_sentence(said.getvalue(), args)) from None
 
+# %% ../nbs/reference/cli.ipynb #c269dd58
+def is_tiny(args:list[str]) -> bool:
+    return "--size=tiny" in args or ("--size", "tiny") in zip(args, args[1:])
+
 def parse_recipe(args:list[str]) -> Recipe:
     "The recipe that `args` begin with, at the size that they name, changed by the other flags."
-    sized = "--size=tiny" in args or ("--size", "tiny") in zip(args, args[1:])
+    sized = is_tiny(args)
     first = "The recipe comes first, then its flags: fastdiff train RECIPE --size tiny."
     require(not args[0].startswith("-") or args[0] in ("-h", "--help"), first)
     if not args[0].startswith("-"): require_one_of(args[0], RECIPES, "recipe")
@@ -141,6 +152,15 @@ def parse_recipe(args:list[str]) -> Recipe:
     about = getdoc(TrainCommand)
     return tyro.extras.overridable_config_cli(known, prog="fastdiff train", description=about, args=args,
                                               config=LOOK)
+
+def parse_chain(args:list[str]) -> Distill:
+    "The chain that the checkpoint suggests with which `args` begin, changed by the other flags."
+    asks = args[0] in ("-h", "--help")
+    require(asks or not args[0].startswith("-"),
+            "The checkpoint comes first, then the flags: fastdiff distill CKPT --from 1024 --to 4.")
+    chain = Distill() if asks else chain_for(args[0])
+    return tyro.cli(Distill, prog="fastdiff distill CKPT", args=args if asks else args[1:], config=LOOK,
+                    default=chain.tiny() if is_tiny(args) else chain)
 
 # %% ../nbs/reference/cli.ipynb #93783434
 def one_sentence(
@@ -150,7 +170,7 @@ def one_sentence(
     "The first statement in tyro's box, with the nearest command or flag."
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)                          # without colours
     lines = [line.strip("│╭╮╰╯─- ") for line in plain.splitlines()][1:]   # without the frame and its title
-    first = " ".join(takewhile(bool, dropwhile(lambda line: not line, lines))).rstrip(".")
+    first = " ".join(takewhile(bool, dropwhile(lambda line: not line, lines))).removesuffix(".")
     command = args[0] if args[0] in COMMANDS else None
     if own := re.match(r"Error parsing \w[\w.-]*: (.*)", first):   # our own sentence, said by a dataclass
         return own[1] + "." * (not own[1].endswith("?"))
@@ -158,7 +178,8 @@ def one_sentence(
     if wrong:
         typed = next((a for arg in args if (a := arg.partition("=")[0]).lstrip("-") == wrong[1]), wrong[1])
         config = RECIPES.get(args[1]) if command == "train" else COMMANDS[command][0] if command else None
-        try: require_one_of(typed, flags(config) if command else COMMANDS, "flag" if command else "command")
+        known = [*flags(config), *other_words(command)] if command else COMMANDS
+        try: require_one_of(typed, known, "flag" if command else "command")
         except BadInput as e: return str(e)
     return f"{first}: see fastdiff {command + ' ' if command else ''}--help."
 
@@ -172,6 +193,18 @@ def flags(
     return [*names, *(name for group in inner for name in group), "--help"]
 
 # %% ../nbs/reference/cli.ipynb #44f2556e
+def other_words(command:str) -> dict[str, str]:
+    "Flags that people write for ours."
+    if command in ("train", "distill"): return {"--from": "--start", "--to": "--end"}
+    return {"--sampler": "--method"} if command in ("sample", "evaluate") else {}
+
+def as_written(args:list[str]) -> list[str]:
+    "A command that was written in other words, in ours."
+    if args[:2] == ["data", "prepare"]: return ["data-prepare", *args[2:]]
+    words = other_words(args[0])
+    return [re.sub("^--[a-z]+(?==|$)", lambda m: words.get(m[0], m[0]), a) for a in args]
+
+# %% ../nbs/reference/cli.ipynb #2da4f2b4
 def main(
     args:list[str]|None=None,   # None: the command line's
 ) -> int:                       # the exit code
@@ -179,8 +212,7 @@ def main(
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"] or ["--help"]
-    if args[:2] == ["data", "prepare"]: args[:2] = ["data-prepare"]   # as people write it
-    args = [re.sub("^--sampler(?==|$)", "--method", a) for a in args] + ["--help"] * (args == ["train"])
+    args = as_written(args) + ["--help"] * (args in (["train"], ["distill"]))
     try:
         cfg = parse(args)
         with joined(): COMMANDS[args[0]][1](cfg)

@@ -30,7 +30,7 @@ from .forward import bin_nll, variational_bound
 from .generate import SampleConfig, clips, facts, generate_to, open_samples
 from .hybrid import learned_bound
 from .metrics import frechet_distance, precision_recall
-from .models import classes, generates, open_model, row_shape
+from .models import classes, open_model, row_shape
 from .ranks import dealt, gathered, rank
 from .sample import Given
 from .train import first_difference
@@ -255,8 +255,8 @@ def check_fits(cfg:EvaluateConfig) -> dict:
     "Refuse what cannot be measured of this model, or compared with its samples; the reference's fingerprint."
     opened = open_model(cfg.ckpt)
     shape, bound = row_shape(opened.model.net), "bits" in cfg.metrics
-    require(not (bound and generates(opened.loss)),
-            "A generator draws its guesses and has no bound on a likelihood: leave 'bits' out of --metrics.")
+    require(not (bound and "steps" in opened.loss), "A generator draws its guesses, a student knows its own "
+            "times alone: neither has a bound on a likelihood, leave 'bits' out of --metrics.")
     require(len(shape) == 3, f"The samples of '{cfg.ckpt}' are points, not images: evaluation is for images.")
     for where in filter(None, (cfg.reference, cfg.held_out)):
         ref = open_reference(where)

@@ -6,9 +6,9 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/generate.html.md"""
 
 # %% auto #0
 __all__ = ['ADAPTIVE', 'SPACING', 'LATER', 'ARRAY', 'FACTS', 'methods', 'start_at', 'sampler', 'SampleConfig', 'start_noise',
-           'row_labels', 'settled', 'settled_by', 'Work', 'prepared', 'clips', 'facts', 'Batch', 'walks', 'drawn',
-           'generate', 'counted', 'finished', 'part_of', 'begin', 'save_batch', 'read_batch', 'put_together',
-           'generate_to', 'open_samples', 'load_model', 'row_shape', 'schedule_named']
+           'row_labels', 'settled', 'settled_by', 'settled_student', 'Work', 'prepared', 'clips', 'facts', 'Batch',
+           'walks', 'drawn', 'generate', 'counted', 'finished', 'part_of', 'begin', 'save_batch', 'read_batch',
+           'put_together', 'generate_to', 'open_samples', 'load_model', 'row_shape', 'schedule_named']
 
 # %% ../nbs/reference/generate.ipynb #8de9cc3b
 import io, json, math, os, shutil, zipfile
@@ -91,7 +91,7 @@ class SampleConfig:
     """
     ckpt:Path                     # a training's folder, a checkpoint in it, a diffusers folder, or owner/name
     method:str = "usual"          # one of the names above; usual: ddim, and for a generator ddpm
-    steps:int|None = None         # of the grid, dpm-fast: evaluations; none given: 20, or a generator's own
+    steps:int|None = None         # of the grid, dpm-fast: evaluations; none given: 20, or the model's own
     eta:float = 0.0               # ddim's noise: 0 is none, 1 is as much as ddpm has
     spacing:str = "usual"         # uniform, quadratic, log_snr, edm; usual: what suits the method
     n:int = 64                    # how many samples
@@ -125,6 +125,7 @@ def row_labels(cfg:SampleConfig, n_labels:int) -> Tensor|None:
 def settled(cfg:SampleConfig, opened:Opened) -> SampleConfig:
     "`cfg`, with the method and the number of steps that it leaves to the model."
     if generates(opened.loss): return settled_by(opened.loss["steps"], cfg)
+    if "steps" in opened.loss: return settled_student(opened.loss["steps"], cfg)
     learned = cfg.method == "ddpm" and opened.model.learned_var
     method = "ddpm-learned" if learned else "ddim" if cfg.method == "usual" else cfg.method
     return replace(cfg, method=method, steps=cfg.steps or 20)
@@ -138,6 +139,16 @@ def settled_by(T:int, cfg:SampleConfig) -> SampleConfig:
     require(cfg.steps in (None, T), f"Got {cfg.steps} steps for a generator that was trained for {T}: "
                                     "leave --steps out, or train one with another --T.")
     return replace(cfg, method="ddpm" if cfg.method == "usual" else cfg.method, steps=T)
+
+def settled_student(n:int, cfg:SampleConfig) -> SampleConfig:
+    "The same for a distilled student of `n` steps."
+    require_one_of(cfg.method, ("usual", *methods()), "method")
+    right = cfg.method in ("usual", "ddim") and cfg.spacing in ("usual", "uniform") and cfg.eta == 0
+    require(right, f"Got '{cfg.method}' with eta = {cfg.eta} and spacing '{cfg.spacing}' for a distilled "
+            "student: it learned where DDIM's even steps land, leave --method, --eta and --spacing out.")
+    require(n % (cfg.steps or n) == 0, f"Got {cfg.steps} steps for a student of {n}: it was asked at the "
+            f"times of its own grid alone, leave --steps out, or give a divisor of {n}.")
+    return replace(cfg, method="ddim", steps=cfg.steps or n)
 
 # %% ../nbs/reference/generate.ipynb #cc5599b0
 class Work(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Literal
 
 from .core import BadInput, require
 from .hub import Card, export_unet, recipe_of
-from .models import generates, load_model
+from .models import generates, load_model, no_chain
 from .sources import SETS
 from .train import load_checkpoint
 
@@ -52,8 +52,9 @@ def numbers_in(
 
 def export(cfg:ExportConfig) -> Path:
     "Write the folder; the card is in its README.md."
-    ckpt, which = load_checkpoint(cfg.ckpt), "net" if cfg.raw else "ema"
-    require(not generates(ckpt.manifest.get("loss", {})),
+    ckpt, which = load_checkpoint(no_chain(cfg.ckpt)), "net" if cfg.raw else "ema"
+    loss = ckpt.manifest.get("loss", {})
+    require(not generates(loss),
             f"'{ckpt.path}' holds a generator: diffusers has no such network, share the folder as it is.")
     model, recipe = load_model(ckpt, which), recipe_of(ckpt, which)
     data = recipe.get("data", {})
@@ -62,4 +63,4 @@ def export(cfg:ExportConfig) -> Path:
     numbers = [n for file in cfg.evaluations for n in numbers_in(file, recipe["sha256"])]
     title, licence = cfg.title or Path(cfg.ckpt).name, known.licence if known else "not given"
     card = Card(title, said or "not given", licence, cfg.licence, recipe, tuple(numbers))
-    return export_unet(model, cfg.out, card, cfg.variance)
+    return export_unet(model, cfg.out, card, cfg.variance, loss.get("steps"))

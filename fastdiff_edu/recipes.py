@@ -21,8 +21,8 @@ from .classifier import Classifier, ClassifierConfig, accuracy, classification_l
 from .core import require, seeded, write_json
 from .data import gaussians_25
 from .ddgan import DDGANRecord
-from .experiment import (TINY, Adversarial, Diffusion, Pictures, Points, Rows, TwoPlayers,
-                                     in_words, newest_line, packed_folder, weights)
+from .experiment import (TINY, Adversarial, Diffusion, Pictures, TwoPlayers, in_words,
+                                     newest_line, weights)
 from .models import schedule_named
 from .hybrid import hybrid_loss
 from .metrics import mode_coverage
@@ -32,6 +32,8 @@ from .nets.ncsnpp import NCSNppConfig
 from .nets.unet import UNetConfig
 from .packed import open_packed
 from .ranks import world
+from .rows import Points, Rows, packed_folder
+from .students import CelebaHQPD, CelebaHQPDBase, Cifar10PD, Cifar10PDBase, DigitsPD
 from .train import Record, TrainConfig
 
 # %% ../nbs/reference/recipes.ipynb #dbe55545
@@ -211,7 +213,7 @@ def made_up(self:Gaussians, n:int) -> Points:
 
 # %% ../nbs/reference/recipes.ipynb #63c71914
 @patch
-def finish(self:Gaussians, record:DDGANRecord, data:Points):
+def finish(self:Gaussians, record:DDGANRecord, data:Points, draw:Callable):
     "Count the modes that samples of the averaged weights find."
     n, within, mix = 10_000, 4.0, gaussians_25()
     found = mode_coverage(self.samples(record.ema, n), mix, within)
@@ -269,7 +271,7 @@ class Cifar10Features(Pictures, TrainConfig):
 
 # %% ../nbs/reference/recipes.ipynb #4e814328
 @patch
-def finish(self:Cifar10Features, record:Record, rows:Rows):
+def finish(self:Cifar10Features, record:Record, rows:Rows, draw:Callable):
     "Write the extractor, and how well it tells classes apart."
     sha256 = write_eye(record.ema, self.folder/f"{self.folder.absolute().name}.pt", rows.images)
     held_out = packed_folder(self).with_name("test")
@@ -279,6 +281,7 @@ def finish(self:Cifar10Features, record:Record, rows:Rows):
 # %% ../nbs/reference/recipes.ipynb #d65a880d
 RECIPES = {r.name: r for r in (Digits, Cifar10DDPM, Cifar10Cond, Cifar10IDDPM, CelebaHQDDPM,
                                    Cifar10DDGAN, CelebaHQDDGAN, DigitsDDGAN, Gaussians, GaussiansPaper,
+                                   Cifar10PDBase, Cifar10PD, CelebaHQPDBase, CelebaHQPD, DigitsPD,
                                    Cifar10Features)}
 
 def recipe_table() -> str:
@@ -286,7 +289,8 @@ def recipe_table() -> str:
     lines = [["recipe", "weights", "updates", "batch", "what it is"]]
     for name, make in RECIPES.items():
         r = make()
-        lines.append([name, in_words(weights(r)), f"{r.steps:,}", str(r.batch), make.__doc__.splitlines()[0]])
+        about = make.__doc__.splitlines()[0]
+        lines.append([name, in_words(weights(r)), f"{r.updates:,}", str(r.batch), about])
     widths = [max(map(len, column)) for column in zip(*lines)]
     form = "  ".join(f"{{:{side}{w}}}" for side, w in zip("<>>><", widths))
     return "\n".join(form.format(*line).rstrip() for line in lines)

@@ -54,9 +54,10 @@ def rehearse(
     how = f"the mean of {n} steps" if n else "estimated from a step on one row; memory was not measured"
     megabytes = 4e-6*(3*sum(counts) + counts[0])   # weights and Adam's two averages of all, and one EMA
     memory = f"; at most {peak_memory(device)/1e9:.1f} GB held" if n else ""
+    files = cfg.keep * recipe.trainings
     return "\n".join([
-        f"{recipe.name}: {in_words(counts)} weights, {cfg.steps:,} steps of {cfg.batch} rows",
+        f"{recipe.name}: {in_words(counts)} weights, {recipe.updates:,} steps of {cfg.batch} rows",
         f"on this {device.type}: {step:.3g} s a step ({how}){memory}",
-        f"in all: {duration(step * cfg.steps)}",
-        f"will write to {recipe.folder}: {cfg.keep} checkpoints of {megabytes:,.0f} MB, a log of "
-        f"{2e-4*cfg.steps/cfg.log_every:.2g} MB" + ", sheets" * bool(recipe.sheet_every)])
+        f"in all: {duration(step * recipe.updates)}",
+        f"will write to {recipe.folder}: {files} checkpoints of {megabytes:,.0f} MB, a log of "
+        f"{2e-4*recipe.updates/cfg.log_every:.2g} MB" + ", sheets" * bool(recipe.sheet_every)])

@@ -223,6 +223,7 @@ def check_same_run(manifest:dict, run:Run):
 # %% ../nbs/reference/run.ipynb #ad41c8b7
 def resume(run:Run):
     "Put a run back to its newest checkpoint; a new one saves its first weights, so that there always is one."
+    everyone()              # all have tried whether they can write: what is left of that may go
     if rank() == 0: tidy(run)
     everyone()              # the others read what rank 0 has written
     saved = load_checkpoint(run.out)

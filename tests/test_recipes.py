@@ -41,17 +41,23 @@ def weights(out, which:str="net") -> torch.Tensor:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_tiny_takes_the_whole_path(name, tmp_path, capsys):
+    tiny, base = RECIPES[name]().tiny(), getattr(RECIPES[name], "base", name)
+    if base != name: assert main(["train", base, "--size", "tiny", "--sheet-every", "0"]) == 0
     assert main(["train", name, "--size", "tiny"]) == 0
     out = tmp_path/"runs"/f"{name}-tiny"
     assert str(out.relative_to(tmp_path)) in capsys.readouterr().out
-    assert load_checkpoint(out).manifest["step"] == RECIPES[name]().tiny().steps == read_log(out)[-1]["step"]
     assert json.loads((out/"recipe.json").read_text())["recipe"] == name
     assert (out/"loss.png").stat().st_size > 1000
-    if name == "cifar10-features": return
-    assert len(list((out/"sheets").glob("*.png"))) == 2
-    model = load_model(out)
-    assert getattr(model, "kind", None) == getattr(RECIPES[name](), "kind", None)
-    assert model.net.config == RECIPES[name]().tiny().net
+    for part in tiny.stages.values() if base != name else [tiny]:
+        steps = load_checkpoint(part.folder).manifest["step"]
+        assert steps == part.steps == read_log(part.folder)[-1]["step"]
+        if name == "cifar10-features": return
+        assert len(list((part.folder/"sheets").glob("*.png"))) == 2
+        model = load_model(part.folder)
+        assert getattr(model, "kind", None) == getattr(RECIPES[base](), "kind", None)
+        assert model.net.config == tiny.net
+    assert (out/"stages.png").is_file() == (base != name)
+    assert (out/"panels.png").is_file() == (name == "celebahq-pd")
 
 
 def test_kills_at_random_moments_leave_no_trace(tmp_path):
@@ -200,12 +206,12 @@ def test_flags_win_over_the_size_and_help_shows_what_holds(capsys):
 
 
 def test_every_value_of_a_recipe_says_where_it_is_from():
-    source = read(PACKAGE/"recipes.py")
+    source = read(PACKAGE/"recipes.py") + read(PACKAGE/"students.py")
     lines, found = source.splitlines(), 0
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.ClassDef): continue
         for field in node.body:
-            if not isinstance(field, ast.AnnAssign) or field.target.id == "name": continue
+            if not isinstance(field, ast.AnnAssign) or field.target.id in ("name", "base"): continue
             comment = lines[field.end_lineno - 1].partition("#")[2]
             origin = any(word in comment for word in ("(", "as in", "no digit", "as there", "digits, or"))
             assert origin, f"{node.name}.{field.target.id} does not say where it is from"

@@ -47,27 +47,28 @@ class Presets:
     def digits(cls):
         "For scikit-learn's 8x8 digits: minutes of training on two CPU cores."
         return cls(8, 1, width=16, mult=(1, 2, 3), blocks=1, attn=(), dropout=0., n_labels=10)
-
     @classmethod
     def ddpm_cifar10(cls):
         "35.7 million (Ho et al. 2020, scripts/run_cifar.py)."
         return cls()
-
     @classmethod
     def ddpm_celebahq(cls):
         "114 million, for 256x256 (Ho et al. 2020, scripts/run_celebahq.py)."
         return cls(256, mult=(1, 1, 2, 2, 4, 4), dropout=0.)
-
     @classmethod
     def iddpm_cifar10(cls):
         "52.5 million, the paper's '50M' (Nichol and Dhariwal 2021, README.md of improved-diffusion)."
         return cls(out_ch=6, blocks=3, attn=(16, 8), dropout=0.3, heads=4, scale_shift=True)
-
     @classmethod
-    def pd_cifar10(cls):
-        "60.0 million (Salimans and Ho 2022, diffusion_distillation/config/cifar_base.py; dropout 0 later)."
-        return cls(width=256, mult=(1, 1, 1), blocks=3, attn=(16, 8), dropout=0.2,
+    def pd_cifar10(cls, dropout:float=0.2):
+        "60.0 million (Salimans and Ho 2022, diffusion_distillation/config/cifar_base.py; students: 0)."
+        return cls(width=256, mult=(1, 1, 1), blocks=3, attn=(16, 8), dropout=dropout,
                    scale_shift=True, resample="block")
+    @classmethod
+    def pd_celebahq(cls):
+        "92.7 million, for 256x256 (celeba_u.py and unet_ddpm.py of Hramchenko's diffusion_distiller)."
+        return cls(256, width=112, mult=(1, 2, 2, 4, 4), attn=(32, 16), dropout=0., groups=28, heads=4,
+                   scale_shift=True, affine=False, even_pad=True, full_root=True)
 
 # %% ../../nbs/reference/unet.ipynb #61858a94
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class UNetConfig(Presets, Levels):
     scale_shift:bool = False   # time scales and shifts the second norm (IDDPM), or is added before it (DDPM)
     resample:str = "conv"      # by a "conv" of its own (DDPM), or in a residual "block" (BigGAN)
     w_waves:int = 0            # sinusoids of the guidance weight it can be conditioned on; 0: none
+    affine:bool = True         # has the second norm weights of its own, where time scales and shifts?
+    even_pad:bool = False      # before a halving convolution, zeros on all sides; else right and below (DDPM)
+    full_root:bool = False     # each head divides by the root of all channels; else by that of its own
 
     def __post_init__(self):
         self.check_levels()
@@ -102,9 +106,9 @@ def _check_config(c:UNetConfig):
             f"Got {c.w_waves} sinusoids of w: they come in pairs, take 4 or more, or 0 to leave w out.")
 
 # %% ../../nbs/reference/unet.ipynb #13261d04
-def group_norm(ch:int, config:UNetConfig) -> nn.GroupNorm:
+def group_norm(ch:int, config:UNetConfig, affine:bool=True) -> nn.GroupNorm:
     "Group norm over `ch` channels in gcd(`config.groups`, `ch` / 2) groups; DDPM's eps."
-    return nn.GroupNorm(math.gcd(config.groups, ch//2), ch, eps=1e-6)
+    return nn.GroupNorm(math.gcd(config.groups, ch//2), ch, eps=1e-6, affine=affine)
 
 def conv3(
     n_in:int, n_out:int,  # channels in and out
@@ -127,7 +131,8 @@ class ResBlock(nn.Module):
         self.scale_shift, self.resize = config.scale_shift, resize or nn.Identity()
         self.norm1, self.conv1 = group_norm(n_in, config), conv3(n_in, n_out)
         self.emb = linear(4*config.width, (1 + config.scale_shift)*n_out)
-        self.norm2, self.conv2 = group_norm(n_out, config), conv3(n_out, n_out, zero=True)
+        affine = config.affine or not config.scale_shift
+        self.norm2, self.conv2 = group_norm(n_out, config, affine), conv3(n_out, n_out, zero=True)
         self.dropout = nn.Dropout(config.dropout)
         self.shortcut = nn.Identity() if n_in == n_out else initialised(nn.Conv2d(n_in, n_out, 1))
 
@@ -148,11 +153,12 @@ class Attention(nn.Module):
     "x + out(attention of the pixels of norm(x)): DDPM's `attn_block`, in any number of heads."
     def __init__(
         self,
-        ch:int,              # channels
+        ch:int,                # channels
         config:UNetConfig,
+        full_root:bool=False,  # divide by the root of all channels, whatever a head has?
     ):
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.scale = config.heads, ch**-0.5 if full_root else None
         self.norm, self.qkv, self.out = group_norm(ch, config), linear(ch, 3*ch), linear(ch, ch, zero=True)
         for part in self.qkv.weight.data.chunk(3): nn.init.xavier_uniform_(part)   # each maps ch to ch
 
@@ -160,18 +166,18 @@ class Attention(nn.Module):
         h = self.norm(x).flatten(2).mT                                  # (B, HW, C): a row for each pixel
         h = self.qkv(h).unflatten(2, (3*self.heads, -1)).transpose(1, 2)
         q, k, v = h.chunk(3, 1)                                         # (B, heads, HW, C/heads)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         h = h.transpose(1, 2).flatten(2)                                # (B, HW, C)
         return x + self.out(h).mT.unflatten(2, x.shape[2:])             # (B, C, H, W)
 
 # %% ../../nbs/reference/unet.ipynb #dbe5f79a
 class Down(nn.Module):
     "Half the rows and columns: a 3x3 convolution with stride 2 and TensorFlow's SAME padding."
-    def __init__(self, ch:int):
+    def __init__(self, ch:int, even_pad:bool=False):   # or PyTorch's, on all sides
         super().__init__()
-        self.conv = conv3(ch, ch, stride=2)
+        self.conv, self.first = conv3(ch, ch, stride=2), int(even_pad)
 
-    def forward(self, x, emb): return self.conv(F.pad(x, (0, 1, 0, 1)))   # right and bottom
+    def forward(self, x, emb): return self.conv(F.pad(x, (self.first, 1, self.first, 1)))   # right and bottom
 
 # %% ../../nbs/reference/unet.ipynb #45c7efca
 class Up(nn.Module):
@@ -187,7 +193,8 @@ class Up(nn.Module):
 # %% ../../nbs/reference/unet.ipynb #d592da18
 def down_to(ch:int, config:UNetConfig) -> nn.Module:
     "Halves the rows, called as f(x, emb): `Down`, or a residual block on the mean of 2x2 pixels."
-    return Down(ch) if config.resample == "conv" else ResBlock(ch, ch, config, nn.AvgPool2d(2))
+    if config.resample == "conv": return Down(ch, config.even_pad)
+    return ResBlock(ch, ch, config, nn.AvgPool2d(2))
 
 def up_from(ch:int, config:UNetConfig) -> nn.Module:
     "Doubles the rows, called as f(x, emb): `Up`, or a residual block on pixels that became 2x2."
@@ -205,7 +212,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.block = ResBlock(n_in, n_out, config)
-        self.attention = Attention(n_out, config) if attn else nn.Identity()
+        self.attention = Attention(n_out, config, config.full_root) if attn else nn.Identity()
         self.up = up_from(n_out, config) if up else None
 
     def forward(self, x, emb):
