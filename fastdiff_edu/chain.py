@@ -18,11 +18,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checkpoint import first_difference, load_checkpoint, plain
+from .checkpoint import checkpoints, first_difference, load_checkpoint, plain
 from .core import best_device, require, require_one_of, write_json
 from .denoiser import Denoiser
 from .distill import (DistillConfig, at_rest, halving_loss, halvings, progressive_distillation,
-                                  settings_of, stage_settings, student_of, with_net)
+                                  stage_settings, student_of)
+from .knowledge import identity, settings_of, with_net
 from .experiment import TINY, Pictures, samples_of, tiny_net
 from .models import Opened, generates, load_model, open_model
 from .nets.unet import UNet, UNetConfig
@@ -120,8 +121,19 @@ def opened(self:Progressive) -> Opened:
 
 # %% ../nbs/reference/chain.ipynb #72aa1d61
 @patch
+def check_folder(self:Progressive):
+    "Refuse a folder that belongs to a training of another kind, or to a chain from other steps."
+    require(not checkpoints(self.folder), f"'{self.folder}' holds a training: give the chain another --out.")
+    file = self.folder/"recipe.json"
+    begun = json.loads(file.read_bytes()).get("start") if file.exists() else None
+    require(begun in (None, self.start), f"'{self.folder}' holds a chain from {begun} steps, not from "
+                                         f"{self.start}: give another --out.")
+
+# %% ../nbs/reference/chain.ipynb #649d5cf3
+@patch
 def ready(self:Progressive, nets:tuple) -> tuple[Denoiser, Denoiser]:
     "The first student, with the weights of its teacher, and the teacher."
+    self.check_folder()
     (net,), teacher = nets, self.opened().model
     student = student_of(teacher, self.kind)
     net.load_state_dict(student.net.state_dict())
@@ -154,7 +166,9 @@ def links(self:Progressive) -> dict:
         sha256, teacher = known["files"]["ema.safetensors"]["sha256"], known["loss"]["teacher"]["sha256"]
         found = dict(folder=stage.folder.name, steps=n, updates=known["step"], sha256=sha256, teacher=teacher)
         students.append(found)
-    first = dict(given=self.teacher, steps=self.start, **self.opened().weights)
+    found = self.opened()
+    named = identity(found.model)["sha256"]      # as the first student's manifest has it
+    first = dict(given=self.teacher, steps=self.start, **found.weights, named=named)
     return dict(recipe=self.name, teacher=first, students=students)
 
 # %% ../nbs/reference/chain.ipynb #83ac22d1

@@ -178,7 +178,7 @@ def one_sentence(
     if wrong:
         typed = next((a for arg in args if (a := arg.partition("=")[0]).lstrip("-") == wrong[1]), wrong[1])
         config = RECIPES.get(args[1]) if command == "train" else COMMANDS[command][0] if command else None
-        known = [*flags(config), *other_words(command)] if command else COMMANDS
+        known = [*flags(config), *other_words(*args[:2])] if command else COMMANDS
         try: require_one_of(typed, known, "flag" if command else "command")
         except BadInput as e: return str(e)
     return f"{first}: see fastdiff {command + ' ' if command else ''}--help."
@@ -193,15 +193,16 @@ def flags(
     return [*names, *(name for group in inner for name in group), "--help"]
 
 # %% ../nbs/reference/cli.ipynb #44f2556e
-def other_words(command:str) -> dict[str, str]:
+def other_words(command:str, recipe:str="") -> dict[str, str]:
     "Flags that people write for ours."
-    if command in ("train", "distill"): return {"--from": "--start", "--to": "--end"}
+    chain = command == "distill" or hasattr(RECIPES.get(recipe), "start")
+    if chain: return {"--from": "--start", "--to": "--end"}
     return {"--sampler": "--method"} if command in ("sample", "evaluate") else {}
 
 def as_written(args:list[str]) -> list[str]:
     "A command that was written in other words, in ours."
     if args[:2] == ["data", "prepare"]: return ["data-prepare", *args[2:]]
-    words = other_words(args[0])
+    words = other_words(*args[:2])
     return [re.sub("^--[a-z]+(?==|$)", lambda m: words.get(m[0], m[0]), a) for a in args]
 
 # %% ../nbs/reference/cli.ipynb #2da4f2b4

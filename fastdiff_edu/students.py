@@ -8,6 +8,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/students.html.md"""
 __all__ = ['Cifar10PDBase', 'Cifar10PD', 'CelebaHQPDBase', 'CelebaHQPD', 'DigitsPD', 'Distill', 'chain_for']
 
 # %% ../nbs/reference/students.ipynb #369c57a1
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar
@@ -27,6 +28,11 @@ class Cifar10PDBase(Diffusion):
     """
     name:ClassVar[str] = "cifar10-pd-base"
     steps:int = 800_000             # updates (ours: theirs are not known)
+    batch:int = 128                 # rows per update (cifar_base.py)
+    lr:float = 2e-4                 # Adam's rate (cifar_base.py)
+    ema:float = 0.9999              # decay of the averaged weights (cifar_base.py)
+    clip:float|None = 1.0           # largest global norm of a gradient (cifar_base.py)
+    flip:bool = True                # mirror half of every batch's images (cifar_base.py)
     warmup:int = 1000               # updates in which the rate grows (cifar_base.py)
     weight_decay:float = 0.001      # decoupled, as in AdamW (cifar_base.py)
     schedule:str = "Schedule.cosine()"   # alpha = cos, sigma = sin (Salimans and Ho 2022)
@@ -35,6 +41,7 @@ class Cifar10PDBase(Diffusion):
     T:int|None = None               # all times in (0, 1] (cifar_base.py)
     net:UNetConfig = field(default_factory=UNetConfig.pd_cifar10)   # the network (cifar_base.py)
 
+# %% ../nbs/reference/students.ipynb #2be1db4e
 @dataclass(frozen=True)
 class Cifar10PD(Progressive):
     """Students of 4096 steps to 1 on CIFAR-10 (Salimans and Ho 2022): FID 9.12, 4.51, 3.00 in 1, 2, 4 steps.
@@ -44,6 +51,10 @@ class Cifar10PD(Progressive):
     name:ClassVar[str] = "cifar10-pd"
     base:ClassVar[str] = "cifar10-pd-base"
     teacher:str = "runs/cifar10-pd-base"   # the run of cifar10-pd-base; its average (model.py)
+    batch:int = 128                 # rows per update (cifar_distill.py)
+    clip:float|None = 1.0           # largest global norm of a gradient (cifar_distill.py)
+    weight_decay:float = 0.0        # none (cifar_distill.py)
+    flip:bool = True                # mirror half of every batch's images (cifar_distill.py)
     net:UNetConfig = field(default_factory=lambda: UNetConfig.pd_cifar10(0.))   # as there, but no dropout
 
 # %% ../nbs/reference/students.ipynb #a0c0b9cc
@@ -64,6 +75,8 @@ class CelebaHQPDBase(Diffusion):
     kind:str = "v"                  # what the network says (v_diffusion.py)
     weight:str = "snr_plus_1"       # of the errors: the plain one in v (v_diffusion.py)
     T:int|None = 1024               # train on so many times (celeba_u.py)
+    clip:float|None = 1.0           # largest global norm of a gradient (train_utils.py)
+    flip:bool = True                # mirror half of every batch's images (celeba_dataset.py)
     data:str = "data/celebahq256/train"   # of the usual copy 28,000; a folder of all (celeba_u.py)
     net:UNetConfig = field(default_factory=UNetConfig.pd_celebahq)   # the network (celeba_u.py)
 
@@ -91,6 +104,7 @@ class CelebaHQPD(Progressive):
     ema:float = 0.999               # decay of the average, which teaches the next one (moving_average.py)
     clip:float|None = None          # gradients are not limited (train_utils.py)
     weight:str = "snr_plus_1"       # of the errors: the plain one in v (v_diffusion.py)
+    flip:bool = True                # mirror half of every batch's images (celeba_dataset.py)
     compare:tuple[int, ...] = (128, 8)    # students for panels.png, beside their first teacher (ours)
     data:str = "data/celebahq256/train"   # of the usual copy 28,000; a folder of all (celeba_u.py)
     net:UNetConfig = field(default_factory=UNetConfig.pd_celebahq)   # the network (celeba_u.py)
@@ -144,7 +158,8 @@ def chain_for(ckpt:str) -> Distill:
             "U-Net that denoises; in Python, distill.progressive_distillation takes any model.")
     small = (net.config.in_ch, net.config.size) == (1, 8)
     like = DigitsPD() if small else CelebaHQPD() if net.config.size == 256 else Cifar10PD()
-    start = loss.get("steps", like.start)
+    T = loss.get("T", 1000)             # of a table; those of diffusers have 1000 times
+    start = loss.get("steps") or min(like.start, 2**int(math.log2(T)) if T else like.start)
     require(start > 1, f"'{ckpt}' is a student of one step: there is nothing to halve.")
     end = start // (start & -start)     # halved until it is odd
     usual = {f.name: getattr(like if small else Cifar10PD(), f.name) for f in fields(Progressive)}

@@ -11,9 +11,9 @@ from fastdiff_edu.core import BadInput, seeded
 from fastdiff_edu.ddgan import GeneratorModel
 from fastdiff_edu.denoiser import Clipped, Counted, Denoiser, denoising_errors, from_x0
 from fastdiff_edu.distill import (DistillConfig, at_rest, distillation_loss, distillation_target, draw_halves,
-                                  halving_loss, halvings, identity, progressive_distillation, student_of,
-                                  trajectory_end, two_steps)
+                                  halving_loss, halvings, progressive_distillation, student_of, two_steps)
 from fastdiff_edu.forward import q_sample
+from fastdiff_edu.knowledge import identity, trajectory_end
 from fastdiff_edu.nets.mlp import MLP, MLPConfig, PointConfig, PointGenerator
 from fastdiff_edu.nets.unet import UNet, UNetConfig
 from fastdiff_edu.oracle import GaussianMixture, gaussians_25
@@ -36,8 +36,8 @@ class Wild:
     def __init__(self, schedule): self.schedule = schedule
 
     def __call__(self, x, t):
-        if isinstance(t, torch.Tensor): t = t.reshape(-1, *[1]*(x.ndim - 1))
-        return from_x0(x, (7*x + 5*t).sin(), t.flatten() if isinstance(t, torch.Tensor) else t, self.schedule)
+        row = t.reshape(-1, *[1]*(x.ndim - 1)) if isinstance(t, torch.Tensor) and t.ndim else t
+        return from_x0(x, (7*x + 5*row).sin(), t, self.schedule)
 
 
 class Says:
@@ -61,6 +61,9 @@ def test_one_step_lands_where_two_did(schedule, n):
     i[:2] = torch.tensor([1., n])                            # u = 0, and t = 1
     assert landing(schedule, x, i/n, (i - 0.5)/n, (i - 1)/n) < 1e-12
     for k in (1, n): assert landing(schedule, x, k/n, (k - 0.5)/n, (k - 1)/n) < 1e-12
+    t, u = ((i - k) / n for k in (0, 1))          # times of single precision: the data's counts
+    assert landing(schedule, x, t.float(), ((i - 0.5)/n).float(), u.float()) < 1e-12
+    for t in torch.linspace(1, 0, 5)[:-1]: assert landing(schedule, x, t, t - 0.125, t - 0.25) < 1e-12
 
 
 @settings(max_examples=200, deadline=None)
@@ -150,7 +153,7 @@ def test_halvings(start, end, want): assert halvings(start, end) == want
 
 
 @pytest.mark.parametrize("start, end", [
-    (1, 1), (8, 3), (1000, 3), (8, 0), (0, 1), (8, 8), (4, 8), (8, -1), (6, 2)])
+    (1, 1), (8, 3), (1000, 3), (8, 0), (0, 1), (8, 8), (4, 8), (8, -1), (6, 2), (8., 1), ("8", 1), (8, True)])
 def test_no_halvings(start, end):
     with pytest.raises(BadInput): halvings(start, end)
 
@@ -277,7 +280,9 @@ def test_any_model_teaches():
     found = chain(model=mix.denoiser(COSINE), data=(x.float(), y), student=teacher(n_labels=2))
     assert found[1].model.kind == "v"
     for wrap in (Clipped, Counted): assert chain(model=wrap(teacher()))[1].steps == 1
-    assert identity(mix.denoiser(COSINE)) == dict(model="MixtureDenoiser")
+    other = GaussianMixture([[-1., 0.], [2., 0.]], 0.1, labels=[0, 1])
+    one, two, three = (identity(m.denoiser(COSINE)) for m in (mix, other, mix))
+    assert one == three != two and one["model"] == two["model"] == "MixtureDenoiser"
 
 
 def test_who_begins_as_whom():
@@ -292,6 +297,19 @@ def test_who_begins_as_whom():
     assert student_of(Clipped(teacher("eps"))).kind == "v"
     with pytest.raises(BadInput, match="give the student to begin with"):
         student_of(gaussians_25().denoiser(COSINE))
+
+
+def test_what_is_done_to_a_yielded_student_the_chain_does_not_see():
+    alone, seen = chain(), {}
+    for stage in progressive_distillation(teacher(), CFG, POINTS):
+        seen[stage.steps] = weights(stage.model.net)
+        for p in stage.model.net.parameters(): p.data.zero_()
+    assert all(torch.equal(seen[n], weights(alone[n].model.net)) for n in alone)
+
+
+def test_two_schedules_are_refused():
+    with pytest.raises(BadInput, match="give both the same"):
+        chain(student=Denoiser(network(), Schedule.linear(), "v"))
 
 
 def test_dice_teach_nothing():

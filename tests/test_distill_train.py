@@ -170,14 +170,15 @@ def test_another_teacher_or_other_settings_are_another_chain(teacher, capsys):
     tiny_run("other", steps=13)
     for args, words in ((("other", *FEW), "loss.teacher.sha256 is"),
                         ((teacher, *FEW, "--raw"), "loss.teacher.sha256 is"),
-                        ((teacher, *FEW, "--from", "16", "--to", "8"), None),
+                        ((teacher, *FEW, "--from", "16", "--to", "8"), "holds a chain from 8 steps, not"),
                         ((teacher, *FEW, "--steps", "20"), "a falling rate depends on where it ends"),
                         ((teacher, *FEW, "--weight", "x0"), "loss.weight is snr_trunc there and x0 here"),
                         ((teacher, *FEW, "--kind", "x0"), "loss.kind is v there and x0 here")):
-        assert main(["distill", *args, "--out", "chain"]) == (2 if words else 0)
-        after = Path("chain/recipe.json").read_bytes(), times("chain")
-        if words: assert words in capsys.readouterr().err and before == after
-        before = after
+        assert main(["distill", *args, "--out", "chain"]) == 2
+        assert words in capsys.readouterr().err
+        assert before == (Path("chain/recipe.json").read_bytes(), times("chain"))
+    assert main(["distill", teacher, *FEW, "--out", teacher]) == 2
+    assert f"'{teacher}' holds a training: give the chain another --out" in capsys.readouterr().err
 
 
 # --- several processes
@@ -207,6 +208,7 @@ def test_a_folder_of_diffusers_teaches():
     assert_close(ours(x, 1., y=y).x0, theirs(x, 1., y=y).x0, rtol=0.05, atol=0.05)
     told = json.loads(Path("theirs/chain.json").read_text())["teacher"]
     assert told["file"].endswith(".safetensors") and told["given"] == "published"
+    assert told["named"] == json.loads(Path("theirs/chain.json").read_text())["students"][0]["teacher"]
 
 
 def test_a_schedule_without_a_name_is_refused_at_the_door(capsys):

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastdiff_edu.core import BadInput, seeded
 from fastdiff_edu.denoiser import Clipped, Counted, Denoiser
-from fastdiff_edu.distill import (KnowledgeConfig, at_rest, identity, knowledge_distillation, settings_of,
+from fastdiff_edu.knowledge import (KnowledgeConfig, at_rest, identity, knowledge_distillation, settings_of,
                                   student_of, teacher_pairs, trajectory_end)
 from fastdiff_edu.nets.mlp import MLP, MLPConfig
 from fastdiff_edu.oracle import MixtureDenoiser, gaussians_25
@@ -40,7 +40,7 @@ SLOW = """
 import sys, torch
 from pathlib import Path
 from fastdiff_edu.core import seeded, writable_folder
-from fastdiff_edu.distill import KnowledgeConfig, teacher_pairs
+from fastdiff_edu.knowledge import KnowledgeConfig, teacher_pairs
 from fastdiff_edu.oracle import gaussians_25
 from fastdiff_edu.schedule import Schedule
 torch.set_num_threads(1)
@@ -209,9 +209,14 @@ def test_the_manifest_links_student_and_teacher(tmp_path):
     common = dict(kind="v", learned_var=False, steps=1)
     weights = load_checkpoint(tmp_path/"first").path/"ema.safetensors"
     sha = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert loss[0] == common | dict(schedule=str(SCHEDULE), teacher=dict(model="MixtureDenoiser", steps=3))
+    exact = identity(ORACLE)
+    assert exact["model"] == "MixtureDenoiser" and len(exact["sha256"]) == 64
+    assert loss[0] == common | dict(schedule=str(SCHEDULE), teacher=exact | dict(steps=3))
     assert loss[1] == loss[0] | dict(teacher=dict(model="MLP", kind="v", sha256=sha, steps=3))
-    assert identity(Clipped(first.model)) == dict(model="MLP", kind="v", sha256=sha, inside="Clipped")
+    inside = dict(model="MLP", kind="v", sha256=sha)
+    clipped = Clipped(first.model)
+    assert identity(clipped) == dict(inside="Clipped", model=inside)
+    assert identity(Counted(clipped)) == dict(inside="Counted", model=identity(clipped))
     pairs = json.loads((tmp_path/"second"/"pairs"/"pairs.json").read_text())
     assert pairs["teacher"]["sha256"] == sha and second.steps == 1
     assert settings_of(CFG, steps=9) == TrainConfig(9, 16, 1e-2, 0, ema=0.5, save_every=2, bar=False)

@@ -11,7 +11,7 @@ LAYERS = [  # within a layer, what stands left may be imported by what stands ri
     ["forward", "metrics", "features", "classifier"],
     ["denoiser"],
     ["oracle", "sample", "solvers", "guidance"],
-    ["hybrid", "ddgan", "digit_gan", "distill", "digit_students", "variants"],
+    ["hybrid", "ddgan", "digit_gan", "knowledge", "distill", "digit_students", "variants"],
     ["guided_distill", "edit"],
     ["layout", "hub", "models", "generate", "rows", "experiment", "chain", "students", "rehearsal",
      "recipes", "evaluate", "publish"],

@@ -15,7 +15,7 @@ import torch
 from fastdiff_edu.checkpoint import checkpoints, load_checkpoint
 from fastdiff_edu.core import BadInput
 from fastdiff_edu.denoiser import Counted
-from fastdiff_edu.distill import trajectory_end
+from fastdiff_edu.knowledge import trajectory_end
 from fastdiff_edu.oracle import gaussians_25
 from fastdiff_edu.race import REAL, RaceConfig, chosen, methods, race, table
 from fastdiff_edu.schedule import Schedule
