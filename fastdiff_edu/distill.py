@@ -48,13 +48,13 @@ def distillation_target(
 ) -> Tensor:                           # x~, (B, *D)
     "The x0 whose ONE DDIM step from x_t lands on x_u, Eq. 12.5; at u = 0 it is x_u, Eq. 12.7."
     same_shape(x_t, x_u, "two ends of a step")
+    falls = torch.as_tensor(u < t)                      # on a device it passes unread
+    require(falls.device.type != "cpu" or bool(falls.all()),
+            "Asked for a target of a step that does not fall: give u < t, in every row.")
     to = lambda c: bcast(c.to(x_t) if isinstance(c, Tensor) else c, x_t)
     alpha_t, sigma_t = to(schedule.alpha(t)), to(schedule.sigma(t))
     alpha_u, sigma_u = to(schedule.alpha(u)), to(schedule.sigma(u))
     lever = sigma_t * alpha_u - sigma_u * alpha_t       # the sine of the angle between the two levels
-    unread = isinstance(lever, Tensor) and lever.device.type != "cpu"
-    require(unread or bool(torch.as_tensor(lever > 0).all()), "Asked for a target of a step that does not "
-            "fall: give u < t, in every row.")
     return (sigma_t * x_u - sigma_u * x_t) / lever
 
 # %% ../nbs/12_progressive.ipynb #70a01d0e

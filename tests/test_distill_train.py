@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest, torch
 import torch.distributed as dist
-from tiny import tiny_run
+from tiny import TINY, tiny_run
 from torch.testing import assert_close
 
 from fastdiff_edu.cli import main
 from fastdiff_edu.core import seeded
-from fastdiff_edu.denoiser import Denoiser
+from fastdiff_edu.denoiser import Denoiser, diffusion_loss
 from fastdiff_edu.distill import at_rest, halving_loss
 from fastdiff_edu.generate import SampleConfig, generate
 from fastdiff_edu.models import load_model, open_model
@@ -18,7 +18,7 @@ from fastdiff_edu.nets.unet import UNet, UNetConfig
 from fastdiff_edu.recipes import RECIPES
 from fastdiff_edu.schedule import Schedule
 from fastdiff_edu.students import chain_for
-from fastdiff_edu.train import load_checkpoint, read_log
+from fastdiff_edu.train import TrainConfig, fit, load_checkpoint, read_log
 
 pytestmark = pytest.mark.usefixtures("in_a_folder")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -342,3 +342,12 @@ def test_the_authors_values():
     net = RECIPES["celebahq-pd"]().net
     with torch.device("meta"): assert sum(p.numel() for p in UNet(net).parameters()) == 92_701_171
     assert (net.affine, net.even_pad, net.full_root, net.heads, net.groups) == (False, True, True, 4, 28)
+
+
+def test_a_chain_begins_where_its_teacher_was_trained():
+    "Of a table of 20 times no more than 16 steps are halved, of all times as many as the recipe has."
+    data = torch.rand(32, 1, 8, 8) * 2 - 1, torch.arange(32) % 10
+    for T, start in ((20, 16), (None, 64)):
+        loss = diffusion_loss(Schedule.linear(20), "v", "snr_plus_1", T)
+        fit(loss, UNet(TINY), data, TrainConfig(2, batch=8, bar=False), f"table-{T}")
+        assert chain_for(f"table-{T}").start == start
