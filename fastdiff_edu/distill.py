@@ -90,13 +90,16 @@ class DistillConfig(TrainConfig):
     "A chain of halvings; the defaults are for CIFAR-10 (Salimans and Ho 2022, cifar_distill.py)."
     steps:int = 50_000         # updates of a stage (cifar_distill.py)
     late_steps:int = 100_000   # updates of a late stage (Salimans and Ho 2022)
-    late:int = 2               # late is a stage whose student takes at most so many steps (as there)
+    late:int = 2               # late: its student takes at most so many steps (Salimans and Ho 2022)
     start:int = 8192           # steps of the first teacher (cifar_distill.py)
     end:int = 1                # steps of the last student (cifar_distill.py)
+    batch:int = 128            # rows per update (cifar_distill.py)
     lr:float = 5e-5            # Adam's rate (cifar_distill.py)
     warmup:int = 0             # updates in which the rate grows: none (cifar_distill.py)
     anneal:bool = True         # the rate falls linearly, to 0 at the end of each stage (cifar_distill.py)
     ema:float = 0.0            # decay of the averaged weights: 0, the last weights count (cifar_distill.py)
+    clip:float|None = 1.0      # largest global norm of a gradient (cifar_distill.py)
+    weight_decay:float = 0.0   # none (cifar_distill.py)
     weight:str = "snr_trunc"   # of the errors, as in `denoising_loss` (cifar_distill.py)
     drop:float = 0.0           # share of labels that are left out, as in the teacher's training
 

@@ -51,9 +51,6 @@ class Cifar10PD(Progressive):
     name:ClassVar[str] = "cifar10-pd"
     base:ClassVar[str] = "cifar10-pd-base"
     teacher:str = "runs/cifar10-pd-base"   # the run of cifar10-pd-base; its average (model.py)
-    batch:int = 128                 # rows per update (cifar_distill.py)
-    clip:float|None = 1.0           # largest global norm of a gradient (cifar_distill.py)
-    weight_decay:float = 0.0        # none (cifar_distill.py)
     flip:bool = True                # mirror half of every batch's images (cifar_distill.py)
     net:UNetConfig = field(default_factory=lambda: UNetConfig.pd_cifar10(0.))   # as there, but no dropout
 
@@ -139,6 +136,7 @@ class Distill(Progressive):
     stopped. A teacher that says eps gets students that say v: in few steps eps says too little of the image.
     """
     name:ClassVar[str] = "distill"
+    out:Path|None = None   # folder of the students' folders (none given: runs/distill-NAME)
 
     @property
     def folder(self) -> Path:
