@@ -6,7 +6,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/ddgan.html.md"""
 
 # %% auto #0
 __all__ = ['reverse_density', 'GeneratorModel', 'random_step', 'ddgan_pair', 'draw_steps', 'd_loss', 'g_loss', 'r1_penalty',
-           'DDGANConfig', 'check_ddgan', 'falling', 'r1_weight', 'd_turn', 'g_turn', 'unpacked', 'DDGANRecord', 'adam',
+           'DDGANConfig', 'check_ddgan', 'falling', 'r1_weight', 'd_turn', 'g_turn', 'DDGANRecord', 'adam',
            'start_ddgan', 'move', 'frozen', 'train_ddgan']
 
 # %% ../nbs/10_ddgan.ipynb #8c53e8d2
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .checkpoint import describe
 from .core import batch_t, randn_like, require, same_shape, writable_folder
-from .denoiser import Prediction, from_x0
+from .denoiser import Prediction, from_x0, unpacked
 from .forward import posterior, q_sample, q_step
 from .oracle import GaussianMixture
 from .ranks import like_first, shared
@@ -205,11 +205,6 @@ def g_turn(disc:nn.Module, gen:GeneratorModel, cfg:DDGANConfig) -> Callable:  # 
         model = GeneratorModel(net, gen.schedule, gen.z_dim)
         return g_loss(disc(random_step(model, x_t, t, u, generator, **cond), x_t, t, **cond))
     return loss_fn
-
-def unpacked(batch:Tensor|tuple) -> tuple[Tensor, dict]:
-    "A batch as data and conditions: it is x0, or (x0, y)."
-    x0, *y = batch if isinstance(batch, (tuple, list)) else (batch,)
-    return x0, dict(y=y[0]) if y else {}
 
 # %% ../nbs/10_ddgan.ipynb #cda000f3
 class DDGANRecord(NamedTuple):

@@ -7,7 +7,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/denoiser.html.md"""
 # %% auto #0
 __all__ = ['KINDS', 'WEIGHTS', 'Prediction', 'from_eps', 'from_x0', 'from_v', 'from_both', 'Denoiser', 'Clipped', 'Counted',
            'Errors', 'errors_of', 'denoising_errors', 'weigh', 'denoising_loss', 'from_mu', 'bound_weight',
-           'draw_times', 'drop_labels', 'diffusion_loss']
+           'draw_times', 'drop_labels', 'unpacked', 'dropped', 'diffusion_loss']
 
 # %% ../nbs/04_denoiser.ipynb #bc6c759e
 from collections.abc import Callable
@@ -175,6 +175,15 @@ def drop_labels(
     return y.masked_fill(torch.rand(len(y), generator=generator, device=y.device) < share, -1) if share else y
 
 # %% ../nbs/04_denoiser.ipynb #34cea817
+def unpacked(batch:Tensor|tuple) -> tuple[Tensor, dict]:
+    "A batch as data and conditions: it is x0, or (x0, y)."
+    x0, *y = batch if isinstance(batch, (tuple, list)) else (batch,)
+    return x0, dict(y=y[0]) if y else {}
+
+def dropped(cond:dict, share:float, generator:torch.Generator|None=None) -> dict:
+    "Conditions, some of whose labels are left out, as by `drop_labels`."
+    return {name: drop_labels(y, share, generator) for name, y in cond.items()}
+
 def diffusion_loss(
     schedule:Schedule,
     kind:str="eps",        # what the network says, as in `Denoiser`
@@ -185,9 +194,9 @@ def diffusion_loss(
     "Algorithm 1 of Ho et al. 2020 as a loss for the training loop: a batch is x0, or (x0, y)."
     require_one_of(kind, KINDS, "kind of prediction"), require_one_of(weight, WEIGHTS, "weight")
     def loss_fn(net, batch, generator=None):
-        x0, y = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        x0, cond = unpacked(batch)
         t, noise = draw_times(x0, generator, T), randn_like(x0, generator)
-        cond = {} if y is None else dict(y=drop_labels(y, drop, generator))
+        cond = dropped(cond, drop, generator)
         return denoising_loss(Denoiser(net, schedule, kind), x0, t, noise, weight, **cond)
     loss_fn.facts = dict(schedule=str(schedule), kind=kind, weight=weight, T=T, drop=drop)   # for checkpoints
     return loss_fn

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .core import bcast, fold_seed, randn_like, require, require_one_of, same_shape
-from .denoiser import KINDS, WEIGHTS, Denoiser, drop_labels, errors_of, from_x0, weigh
+from .denoiser import (KINDS, WEIGHTS, Denoiser, dropped, errors_of, from_x0, unpacked,
+                                   weigh)
 from .forward import q_sample
 from .knowledge import (KnowledgeConfig, Stage, at_rest, begin, identity, inner,
                                     knowledge_distillation, settings_of, student_of, with_net)
@@ -148,10 +149,9 @@ def halving_loss(
     "Eq. 12.10 for the training loop: a batch is x0, or (x0, y)."
     require_one_of(kind, KINDS, "kind of prediction"), require_one_of(weight, WEIGHTS, "weight")
     def loss_fn(net, batch, generator=None):
-        x0, y = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        x0, cond = unpacked(batch)
         halves, noise = draw_halves(x0, n, generator), randn_like(x0, generator)
-        cond = {} if y is None else dict(y=drop_labels(y, drop, generator))
-        student = Denoiser(net, teacher.schedule, kind, learned_var)
+        student, cond = Denoiser(net, teacher.schedule, kind, learned_var), dropped(cond, drop, generator)
         return distillation_loss(student, teacher, x0, *halves, noise, weight, **cond)
     loss_fn.facts = dict(schedule=str(teacher.schedule), kind=kind, weight=weight, drop=drop,
                          learned_var=learned_var, steps=n, teacher=identity(teacher) | dict(steps=2*n))

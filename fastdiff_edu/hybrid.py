@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .core import bcast, randn_like, require
-from .denoiser import Denoiser, Prediction, draw_times, drop_labels
+from .denoiser import Denoiser, Prediction, draw_times, dropped, unpacked
 from .forward import Bound, bin_nll, kl_normal, large_var, posterior, prior_kl, q_sample, small_var
 from .schedule import Schedule
 
@@ -112,9 +112,9 @@ def hybrid_loss(
     model(None)   # refuses an unknown kind
     on = lru_cache(8)(steps.on)   # one copy per place
     def loss_fn(net, batch, generator=None):
-        x0, y = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        x0, cond = unpacked(batch)
         t, noise = draw_times(x0, generator, T), randn_like(x0, generator)
-        cond = {} if y is None else dict(y=drop_labels(y, drop, generator))
+        cond = dropped(cond, drop, generator)
         simple, bound = hybrid_terms(model(net), x0, t, noise, on(x0.dtype, x0.device), nll, **cond)
         return (simple + share * T * bound).mean()
     loss_fn.facts = dict(schedule=str(schedule), kind=kind, weight="simple", T=T, drop=drop, learned_var=True,

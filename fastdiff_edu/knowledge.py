@@ -11,18 +11,19 @@ __all__ = ['soft_targets', 'soft_loss', 'trajectory_end', 'knowledge_loss', 'inn
 
 # %% ../nbs/11_knowledge.ipynb #99837f71
 import copy, hashlib, json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from fastprogress import progress_bar
 from torch import Tensor, nn
 
 from .checkpoint import first_difference, read_tensors, state_bytes, write_state
 from .core import require, same_shape, writable_folder, write_json
 from .denoiser import Denoiser
-from .run import check_common
+from .run import check_common, shows_bar
 from .sample import ddim_step, sample_last
 from .train import Record, TrainConfig, train
 
@@ -137,7 +138,8 @@ def same_pairs(out:Path, teacher:Callable, cfg:KnowledgeConfig, given:dict):
     facts = dict(teacher=identity(teacher), schedule=str(teacher.schedule), teacher_steps=cfg.teacher_steps,
                  rows=cfg.rows, noise=checksum(given)[:12])
     file = out/"pairs.json"
-    gap = first_difference(json.loads(file.read_bytes()), facts) if file.exists() else None
+    try: gap = first_difference(json.loads(file.read_bytes()), facts) if file.exists() else None
+    except ValueError: gap = "pairs.json is damaged"
     require(gap is None, f"'{out}' holds other pairs ({gap}): give another folder.")
     write_json(file, facts)
 
@@ -152,7 +154,8 @@ def teacher_pairs(
     require(len(x_1) > 0 and (y is None or len(y) == len(x_1)),
             f"Got {len(x_1)} rows of noise: give at least one, and as many labels or none.")
     if out: same_pairs(out, teacher, cfg, given)
-    for k in range(0, len(x_1), cfg.rows):
+    firsts = range(0, len(x_1), cfg.rows)
+    for k in progress_bar(firsts, leave=False) if shows_bar(cfg) else firsts:
         file = out and out/f"{k:08d}.safetensors"
         if file and file.exists(): ends.append(read_tensors(file)["x_0"]); continue
         part = {name: v[k:k + cfg.rows] for name, v in given.items()}

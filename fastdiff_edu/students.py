@@ -142,7 +142,8 @@ class Distill(Progressive):
     def folder(self) -> Path:
         path = Path(self.teacher)
         run = path.parent if path.name.startswith("step_") else path
-        return self.out or Path("runs")/(f"distill-{run.name}" + "-tiny"*(self.size == "tiny"))
+        tiny = self.size == "tiny" and not run.name.endswith("-tiny")
+        return self.out or Path("runs")/(f"distill-{run.name}" + "-tiny"*tiny)
     def tiny(self) -> "Distill":
         few = TINY | dict(steps=12, late_steps=16, ema=0., sheet_every=8)
         return replace(self, **few, data="digits")

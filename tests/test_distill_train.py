@@ -351,3 +351,15 @@ def test_a_chain_begins_where_its_teacher_was_trained():
         loss = diffusion_loss(Schedule.linear(20), "v", "snr_plus_1", T)
         fit(loss, UNet(TINY), data, TrainConfig(2, batch=8, bar=False), f"table-{T}")
         assert chain_for(f"table-{T}").start == start
+
+
+def test_a_damaged_account_is_named(capsys):
+    assert main(["train", "digits", "--size", "tiny", "--steps", "2", "--sheet-every", "0"]) == 0
+    command = ["distill", "runs/digits-tiny", *FEW, "--to", "4"]
+    assert main(command) == 0
+    for name in ("recipe.json", "chain.json"):
+        file = Path("runs/distill-digits-tiny")/name
+        file.write_text("{")
+        assert main(command) == 2 and f"{name}' is damaged: delete it" in capsys.readouterr().err
+        file.unlink()
+        assert main(command) == 0 and file.is_file()

@@ -222,3 +222,6 @@ def test_the_manifest_links_student_and_teacher(tmp_path):
     assert settings_of(CFG, steps=9) == TrainConfig(9, 16, 1e-2, 0, ema=0.5, save_every=2, bar=False)
     with pytest.raises(BadInput, match="holds another run"):
         knowledge_distillation(first.model, replace(CFG, lr=1e-3), NOISE, out=tmp_path/"second")
+    (tmp_path/"second"/"pairs"/"pairs.json").write_text("{")
+    with pytest.raises(BadInput, match="pairs.json is damaged"):
+        knowledge_distillation(first.model, CFG, NOISE, out=tmp_path/"second")
