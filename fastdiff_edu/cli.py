@@ -6,8 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/cli.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'HELP', 'LOOK', 'run_race', 'run_bench', 'draw_sheet', 'run_sample', 'run_prepare', 'run_evaluate',
-           'RecipesConfig', 'TrainCommand', 'loss_curve', 'run_train', 'run_recipes', 'run_export', 'parse', 'is_tiny',
-           'parse_recipe', 'parse_chain', 'one_sentence', 'flags', 'other_words', 'as_written', 'main']
+           'RecipesConfig', 'TrainCommand', 'loss_curve', 'run_train', 'run_recipes', 'run_export', 'run_edit', 'parse',
+           'is_tiny', 'parse_recipe', 'parse_chain', 'one_sentence', 'flags', 'other_words', 'as_written', 'main']
 
 # %% ../nbs/reference/cli.ipynb #9051df45
 import contextlib, io, re, sys, traceback
@@ -30,6 +30,7 @@ from .race import RaceConfig, race, table
 from .ranks import joined, rank
 from .recipes import RECIPES, recipe_table
 from .rehearsal import rehearse
+from .retouch import InpaintConfig, Retouch, TranslateConfig, retouch
 from .students import Distill, chain_for
 
 # %% ../nbs/reference/cli.ipynb #d7fbaa9d
@@ -113,10 +114,18 @@ def run_export(cfg:ExportConfig):
     "Publish a checkpoint."
     print(f"weights, settings and model card are in {export(cfg)}")
 
+def run_edit(cfg:Retouch):
+    "Edit a picture, and draw what came of it beside it."
+    done = retouch(cfg)
+    title = f"{done.facts['edit']}: {done.facts['evaluations']:g} evaluations"
+    draw_sheet(done.shown, title, cfg.out/"sheet.png")
+    print(f"{title}: edited-K.png, edited.npy, edit.json and sheet.png are in {cfg.out}")
+
 COMMANDS = {"race": (RaceConfig, run_race), "train": (TrainCommand, run_train),
             "distill": (Distill, run_train), "recipes": (RecipesConfig, run_recipes),
             "sample": (SampleConfig, run_sample),
             "evaluate": (EvaluateConfig, run_evaluate), "data-prepare": (PrepareConfig, run_prepare),
+            "edit-inpaint": (InpaintConfig, run_edit), "edit-translate": (TranslateConfig, run_edit),
             "export": (ExportConfig, run_export), "bench": (BenchConfig, run_bench)}
 
 HELP = "Diffusion models that sample fast: the course's experiments. fastdiff COMMAND --help explains each."
@@ -158,7 +167,10 @@ def parse_chain(args:list[str]) -> Distill:
     asks = args[0] in ("-h", "--help")
     require(asks or not args[0].startswith("-"),
             "The checkpoint comes first, then the flags: fastdiff distill CKPT --from 1024 --to 4.")
-    chain = Distill() if asks else chain_for(args[0])
+    guided, args = "--guided" in args, [a for a in args if a != "--guided" or asks]
+    alone = [a for a in args if a.startswith(("--first-", "--w-m"))]
+    require(guided or asks or not alone, f"'{(alone or [''])[0]}' is of stage one: give --guided as well.")
+    chain = Distill() if asks else chain_for(args[0], guided)
     return tyro.cli(Distill, prog="fastdiff distill CKPT", args=args if asks else args[1:], config=LOOK,
                     default=chain.tiny() if is_tiny(args) else chain)
 
@@ -201,7 +213,7 @@ def other_words(command:str, recipe:str="") -> dict[str, str]:
 
 def as_written(args:list[str]) -> list[str]:
     "A command that was written in other words, in ours."
-    if args[:2] == ["data", "prepare"]: return ["data-prepare", *args[2:]]
+    if "-".join(args[:2]) in COMMANDS: return ["-".join(args[:2]), *args[2:]]   # data prepare, edit inpaint
     words = other_words(*args[:2])
     return [re.sub("^--[a-z]+(?==|$)", lambda m: words.get(m[0], m[0]), a) for a in args]
 

@@ -6,8 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/progressive.html.md"""
 
 # %% auto #0
 __all__ = ['two_steps', 'distillation_target', 'draw_halves', 'distillation_loss', 'DistillConfig', 'halvings', 'ready',
-           'stage_settings', 'halving_loss', 'progressive_distillation', 'KnowledgeConfig', 'Stage', 'at_rest',
-           'knowledge_distillation', 'student_of']
+           'stage_settings', 'halving_loss', 'draw_own', 'own_facts', 'progressive_distillation', 'KnowledgeConfig',
+           'Stage', 'at_rest', 'knowledge_distillation', 'student_of']
 
 # %% ../nbs/12_progressive.ipynb #c975392b
 from collections.abc import Callable, Iterator
@@ -63,10 +63,13 @@ def draw_halves(
     x0:Tensor,                              # a batch: gives number and device
     n:int,                                  # the student's steps
     generator:torch.Generator|None=None,
+    between:bool=False,                     # also steps that begin halfway between (chapter 14)
 ) -> tuple[Tensor, Tensor, Tensor]:         # t, mid, u, (B,)
     "For each row one of the student's n steps, and its middle, where the teacher stops, Eq. 12.9."
-    i = torch.randint(1, n + 1, (len(x0),), generator=generator, device=x0.device).to(x0.dtype)
-    return i / n, (i - 0.5) / n, (i - 1) / n
+    parts = 1 + between
+    i = torch.randint(1, n * parts + 1, (len(x0),), generator=generator, device=x0.device)
+    i = i.to(x0.dtype) / parts
+    return i / n, (i - 0.5) / n, (i - 1).clamp(min=0) / n
 
 # %% ../nbs/12_progressive.ipynb #5fc564fb
 def distillation_loss(
@@ -103,6 +106,7 @@ class DistillConfig(TrainConfig):
     weight_decay:float = 0.0   # none (cifar_distill.py)
     weight:str = "snr_trunc"   # of the errors, as in `denoising_loss` (cifar_distill.py)
     drop:float = 0.0           # share of labels that are left out, as in the teacher's training
+    between:bool = False       # train between the steps as well, for stochastic sampling (Meng et al. 2023)
 
     def __post_init__(self):
         super().__post_init__()
@@ -145,17 +149,30 @@ def halving_loss(
     weight:str="snr_trunc",   # as in `denoising_loss`
     drop:float=0.0,           # share of labels to drop
     learned_var:bool=False,   # does its network say variances as well? They learn nothing here
+    between:bool=False,       # as in `draw_halves`
 ) -> Callable:                # loss_fn(net, batch, generator) -> scalar, for `train`
     "Eq. 12.10 for the training loop: a batch is x0, or (x0, y)."
     require_one_of(kind, KINDS, "kind of prediction"), require_one_of(weight, WEIGHTS, "weight")
     def loss_fn(net, batch, generator=None):
         x0, cond = unpacked(batch)
-        halves, noise = draw_halves(x0, n, generator), randn_like(x0, generator)
-        student, cond = Denoiser(net, teacher.schedule, kind, learned_var), dropped(cond, drop, generator)
+        halves, noise = draw_halves(x0, n, generator, between), randn_like(x0, generator)
+        cond = dropped(cond, drop, generator) | draw_own(teacher, x0, generator)
+        student = Denoiser(net, teacher.schedule, kind, learned_var)
         return distillation_loss(student, teacher, x0, *halves, noise, weight, **cond)
     loss_fn.facts = dict(schedule=str(teacher.schedule), kind=kind, weight=weight, drop=drop,
-                         learned_var=learned_var, steps=n, teacher=identity(teacher) | dict(steps=2*n))
+                         learned_var=learned_var, steps=n, teacher=identity(teacher) | dict(steps=2*n),
+                         **own_facts(teacher), **(dict(between=True) if between else {}))
     return loss_fn
+
+# %% ../nbs/12_progressive.ipynb #128b0052
+def draw_own(teacher:Callable, x0:Tensor, generator:torch.Generator|None=None) -> dict:
+    "Conditions that a teacher draws itself: chapter 14's draws a guidance weight for each row."
+    draw = getattr(inner(teacher), "draw", None)
+    return draw(x0, generator) if draw else {}
+
+def own_facts(teacher:Callable) -> dict:
+    "What a student's manifest says of them."
+    return getattr(inner(teacher), "own_facts", {})
 
 # %% ../nbs/12_progressive.ipynb #98070eea
 def progressive_distillation(
@@ -165,11 +182,12 @@ def progressive_distillation(
     student:Denoiser|None=None,  # where the first one begins, trained in place; None: as the teacher
     out:str|Path|None=None,      # a folder for the students' folders, where a stopped chain goes on
     watch:Callable=lambda n, record: None,   # called after every update of the student of n steps
+    lesson:Callable=halving_loss,            # what each student learns; chapter 15 has another one
 ) -> Iterator[Stage]:
     "Halve the steps, yielding each student (Salimans and Ho 2022); perfect ones lose nothing, Eq. 12.11."
     student, teacher = begin(teacher, student)
     for n in halvings(cfg.start, cfg.end):
-        loss = halving_loss(teacher, n, student.kind, cfg.weight, cfg.drop, student.learned_var)
+        loss = lesson(teacher, n, student.kind, cfg.weight, cfg.drop, student.learned_var, cfg.between)
         folder = out and Path(out)/f"student-{n}"
         ready(teacher, cfg)
         for record in train(loss, student.net, data, stage_settings(cfg, n), folder): watch(n, record)

@@ -257,6 +257,7 @@ def check_fits(cfg:EvaluateConfig) -> dict:
     shape, bound = row_shape(opened.model.net), "bits" in cfg.metrics
     require(not (bound and "steps" in opened.loss), "A generator draws its guesses, a student knows its own "
             "times alone: neither has a bound on a likelihood, leave 'bits' out of --metrics.")
+    require(not bound or cfg.w is None, "The bound is a model's without guidance: leave 'bits' out, or --w.")
     require(len(shape) == 3, f"The samples of '{cfg.ckpt}' are points, not images: evaluation is for images.")
     for where in filter(None, (cfg.reference, cfg.held_out)):
         ref = open_reference(where)
@@ -273,8 +274,7 @@ def evaluate(
 ) -> dict:             # what is in evaluation.json; nothing in processes other than the first
     "Measure what `cfg` asks for, real images first, and write evaluation.json."
     reference, out = check_fits(cfg), writable_folder(cfg.out)
-    judges = [judge(eye, names, cfg, reference, bar) for eye, names in extractors(cfg, bar)]
-    found = {}
+    found, judges = {}, [judge(eye, names, cfg, reference, bar) for eye, names in extractors(cfg, bar)]
     if judges:
         made = generate_to(cfg, out, bar)
         for of in judges: found |= of(open_samples(out), made)

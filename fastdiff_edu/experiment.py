@@ -25,6 +25,7 @@ from .data import Images, to_uint8
 from .ddgan import DDGANConfig, GeneratorModel, train_ddgan
 from .denoiser import Clipped, Denoiser, diffusion_loss
 from .generate import start_noise
+from .knowledge import inner
 from .models import classes, row_shape, schedule_named
 from .nets.discriminator import Discriminator, DiscriminatorConfig
 from .nets.ncsnpp import NCSNpp, NCSNppConfig
@@ -100,16 +101,18 @@ def finish(self:Recipe, record:tuple, data, draw:Callable): "What is left to do 
 
 # %% ../nbs/reference/experiment.ipynb #1d5ab0d5
 def samples_of(
-    model:Callable,   # around a network of ours
+    model:Callable,   # around a network of ours, or wrapped around such a model
     step:Callable,
     steps:int,
     seed:int,
     n:int,
+    **cond,           # what is the same for all, such as w
 ) -> Tensor:          # on the host: images in uint8, (n, C, H, W), or points
     "Samples for a sheet, the classes in turn."
-    device, labels = next(model.net.parameters()).device, classes(model.net)
-    x = start_noise(row_shape(model.net), seed, range(n)).to(device)
-    cond = dict(y=torch.arange(n, device=device) % labels) if labels else {}
+    net = inner(model).net
+    device, labels = next(net.parameters()).device, classes(net)
+    x = start_noise(row_shape(net), seed, range(n)).to(device)
+    if labels: cond |= dict(y=torch.arange(n, device=device) % labels)
     walk, grid = seeded(seed, "sheet", device=device), model.schedule.grid(steps)
     if x.ndim == 2: return sample_last(step, model, x, grid, walk, **cond).cpu()
     return to_uint8(sample_last(step, Clipped(model), x, grid, walk, **cond)).cpu()

@@ -74,7 +74,9 @@ def inner(model:Callable) -> Callable:
 
 def identity(teacher:Callable) -> dict:
     "How a manifest names a teacher: by the checksum of its weights, as checkpoints have it, or its tensors."
-    if hasattr(teacher, "model"): return dict(inside=type(teacher).__name__, model=identity(teacher.model))
+    if hasattr(teacher, "model"):
+        own = getattr(teacher, "facts", {})     # of a guided pair: its w
+        return dict(inside=type(teacher).__name__, **own, model=identity(teacher.model))
     if isinstance(net := getattr(teacher, "net", None), nn.Module):
         return dict(model=type(net).__name__, kind=teacher.kind, sha256=checksum(net.state_dict()))
     told = getattr(getattr(teacher, "mix", teacher), "__dict__", {})
@@ -94,7 +96,9 @@ def at_rest(teacher:Callable) -> Callable:
 # %% ../nbs/11_knowledge.ipynb #e66719e0
 def with_net(model:Denoiser, net:nn.Module, kind:str|None=None) -> Denoiser:
     "Another network in the place of a model's own."
-    return Denoiser(net, model.schedule, kind or model.kind, model.learned_var)
+    found = copy.copy(model)
+    found.net, found.kind = net, kind or model.kind
+    return found
 
 def student_of(teacher:Denoiser, kind:str="usual") -> Denoiser:   # usual: as the teacher, v where it says eps
     "A student that begins with a copy of its teacher's network; `kind` is what it says."

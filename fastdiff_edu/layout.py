@@ -94,6 +94,7 @@ OURS = dict(freq_shift=1, flip_sin_to_cos=False, downsample_padding=0, norm_eps=
 def config_to(c:UNetConfig) -> dict:
     "Our shape as a UNet2DModel's config.json; one sentence when theirs cannot have it."
     require(not c.w_waves, f"A UNet2DModel hears no guidance weight, as here with w_waves = {c.w_waves}.")
+    require(not c.n_words, f"A UNet2DModel hears no captions, as here with n_words = {c.n_words}.")
     usual = (c.affine, c.even_pad, c.full_root) == (True, False, False)
     require(usual, "A UNet2DModel cannot have affine, even_pad and full_root as they are here.")
     require(c.mult[0] == 1, f"A UNet2DModel begins as wide as its first level: it cannot have {c.mult}.")

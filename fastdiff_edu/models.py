@@ -6,7 +6,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/models.html.md"""
 
 # %% auto #0
 __all__ = ['NETS', 'schedule_named', 'Opened', 'from_training', 'no_chain', 'generates', 'around', 'of_diffusers',
-           'from_diffusers', 'open_model', 'load_model', 'row_shape', 'classes']
+           'from_diffusers', 'open_model', 'load_model', 'row_shape', 'classes', 'words']
 
 # %% ../nbs/reference/models.ipynb #fba89f29
 import ast, re
@@ -20,6 +20,7 @@ from .core import BadInput, require, require_one_of
 from .ddgan import GeneratorModel
 from .denoiser import Denoiser
 from .digit_gan import DigitGenerator
+from .guided_distill import GuidedDenoiser
 from .hub import STUDENT, WEIGHTS, load_unet, model_folder, scheduler_beside
 from .nets.mlp import MLP, MLPConfig, PointConfig, PointGenerator
 from .nets.ncsnpp import NCSNpp, NCSNppConfig
@@ -60,6 +61,8 @@ def from_training(
     ckpt = path if isinstance(path, Checkpoint) else load_checkpoint(no_chain(path))
     known = ckpt.manifest
     net, loss = known.get("net", {}), known.get("loss", {})
+    require(loss.get("says") != "class", f"'{ckpt.path}' tells classes of noisy images apart: it guides a "
+            "model, as guidance.ClassifierGuided takes it, and makes no samples itself.")
     require("kind" in loss, f"'{ckpt.path}' does not say what its network predicts: it needs a manifest with "
                             "the loss, as diffusion_loss and train_ddgan write it.")
     build, config = NETS[require_one_of(net["type"], NETS, "network")]
@@ -83,7 +86,8 @@ def around(net:torch.nn.Module, loss:dict) -> Denoiser|GeneratorModel:
     "The model whose network this is."
     schedule = schedule_named(loss["schedule"])
     if generates(loss): return GeneratorModel(net, schedule, loss["z_dim"])
-    return Denoiser(net, schedule, loss["kind"], loss.get("learned_var", False))
+    what = schedule, loss["kind"], loss.get("learned_var", False)
+    return GuidedDenoiser(net, *what, loss["w_range"]) if "w_range" in loss else Denoiser(net, *what)
 
 # %% ../nbs/reference/models.ipynb #67dd1d09
 def of_diffusers(path:str|Path) -> bool:
@@ -126,3 +130,7 @@ def row_shape(net:torch.nn.Module) -> tuple:
 def classes(net:torch.nn.Module) -> int:
     "How many labels this network knows; 0: it takes none."
     return getattr(net, "n_labels", getattr(net.config, "n_labels", 0))
+
+def words(net:torch.nn.Module) -> int:
+    "How many words this network knows; 0: it takes no captions."
+    return getattr(net.config, "n_words", 0)

@@ -42,6 +42,7 @@ class Components(NamedTuple):
     sigma: float|Tensor   # likewise
     var: Tensor           # variance v_k of x_t under each component, (K,) or (B, K)
     prob: Tensor          # p(component | x_t), rows add up to 1, (B, K)
+    log_joint: Tensor     # log p(component, x_t), up to one constant for all, (B, K)
 
 # %% ../nbs/03_oracle.ipynb #d8914d47
 @patch
@@ -60,7 +61,7 @@ def components(self:GaussianMixture,
     dist2 = sum((xt[:, d, None] - alpha * mean[:, d]).square() for d in range(D))   # (B, K); never (B, K, D)
     log_joint = weights.log() - dist2 / (2 * var) - D / 2 * var.log()
     if y is not None: log_joint = log_joint.masked_fill(~_allowed(self, y, xt), -math.inf)
-    return Components(alpha, sigma, var, log_joint.softmax(-1))
+    return Components(alpha, sigma, var, log_joint.softmax(-1), log_joint)
 
 # %% ../nbs/03_oracle.ipynb #aac86a26
 def _allowed(

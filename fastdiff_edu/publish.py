@@ -50,12 +50,15 @@ def numbers_in(
     said = ("name", "value", "spread", "real", "real_how", "protocol")
     return [{k: n[k] for k in said} for n in found.values()]
 
+# %% ../nbs/reference/publish.ipynb #70b0e1d4
 def export(cfg:ExportConfig) -> Path:
     "Write the folder; the card is in its README.md."
     ckpt, which = load_checkpoint(no_chain(cfg.ckpt)), "net" if cfg.raw else "ema"
     loss = ckpt.manifest.get("loss", {})
     require(not generates(loss),
             f"'{ckpt.path}' holds a generator: diffusers has no such network, share the folder as it is.")
+    require(not loss.get("encodes"), f"'{ckpt.path}' encodes, from data up to noise: no pipeline of "
+                                     "diffusers does that, share the folder as it is.")
     model, recipe = load_model(ckpt, which), recipe_of(ckpt, which)
     data = recipe.get("data", {})
     known, said = SETS.get(data.get("name")), ", ".join(f"{k} {v}" for k, v in data.items())

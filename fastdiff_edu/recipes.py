@@ -33,7 +33,8 @@ from .nets.unet import UNetConfig
 from .packed import open_packed
 from .ranks import world
 from .rows import Points, Rows, packed_folder
-from .students import CelebaHQPD, CelebaHQPDBase, Cifar10PD, Cifar10PDBase, DigitsPD
+from .students import (CelebaHQCFG, CelebaHQPD, CelebaHQPDBase, Cifar10CFG, Cifar10GuidedDistill,
+                                   Cifar10PD, Cifar10PDBase, DigitsGuidedDistill, DigitsPD)
 from .train import Record, TrainConfig
 
 # %% ../nbs/reference/recipes.ipynb #dbe55545
@@ -282,6 +283,7 @@ def finish(self:Cifar10Features, record:Record, rows:Rows, draw:Callable):
 RECIPES = {r.name: r for r in (Digits, Cifar10DDPM, Cifar10Cond, Cifar10IDDPM, CelebaHQDDPM,
                                    Cifar10DDGAN, CelebaHQDDGAN, DigitsDDGAN, Gaussians, GaussiansPaper,
                                    Cifar10PDBase, Cifar10PD, CelebaHQPDBase, CelebaHQPD, DigitsPD,
+                                   Cifar10CFG, Cifar10GuidedDistill, CelebaHQCFG, DigitsGuidedDistill,
                                    Cifar10Features)}
 
 def recipe_table() -> str:

@@ -81,6 +81,7 @@ def read_images(
     facts = {k: known[k] for k in ("name", "split", "filter", "jpeg")} | known["files"][IMAGES]
     return open_packed(folder, recipe.flip, verify=rank() == 0), facts   # what is recorded is what is there
 
+# %% ../nbs/reference/rows.ipynb #497bcdfd
 def open_data(
     recipe,   # as in `read_images`
 ) -> Rows:
@@ -90,7 +91,10 @@ def open_data(
     want = (net.in_ch, net.size, net.size)
     require(shape == want, f"The images in '{recipe.data}' are {shape}, the network takes {want}: "
                            "prepare them at its size.")
-    fits = net.n_labels == 0 or 0 <= y.min().item() <= y.max().item() < net.n_labels
-    require(fits, f"The labels in '{recipe.data}' go from {y.min()} to {y.max()}: the network wants 0 to "
-                  f"{net.n_labels - 1}.")
+    low, high = y.min().item(), y.max().item()
+    n, data = net.n_labels, recipe.data
+    require(n == 0 or low >= 0, f"There are images without a label in '{data}': this network learns classes, "
+                                "give it data that has them, or --net.n-labels 0.")
+    require(n == 0 or high < n, f"The labels in '{data}' go from {low} to {high}: the network wants 0 to "
+                                f"{n - 1}, --net.n-labels says how many.")
     return Rows(images, net.n_labels > 0, facts | dict(flip=recipe.flip))

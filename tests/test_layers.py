@@ -6,19 +6,19 @@ from course import MODULES, PACKAGE, ROOT, read
 
 LAYERS = [  # within a layer, what stands left may be imported by what stands right of it
     ["core", "check"],
-    ["schedule", "data", "sources", "packed", "nets", "checkpoint", "ranks", "run", "train", "sliders",
-     "viz"],
+    ["schedule", "data", "captions", "sources", "packed", "nets", "checkpoint", "ranks", "run", "train",
+     "sliders", "viz"],
     ["forward", "metrics", "features", "classifier"],
     ["denoiser"],
     ["oracle", "sample", "solvers", "guidance"],
     ["hybrid", "ddgan", "digit_gan", "knowledge", "distill", "digit_students", "variants"],
-    ["guided_distill", "edit"],
-    ["layout", "hub", "models", "generate", "rows", "experiment", "chain", "students", "rehearsal",
-     "recipes", "evaluate", "publish"],
-    ["race", "timing", "bench"],
+    ["guided_distill", "edit", "digit_guided"],
+    ["layout", "hub", "models", "samplers", "generate", "retouch", "rows", "experiment", "chain", "guided",
+     "students", "rehearsal", "recipes", "evaluate", "publish"],
+    ["entrants", "race", "timing", "bench"],
     ["cli"],
 ]
-NETS = ["embeddings", "mlp", "unet", "fir", "ncsnpp", "discriminator"]
+NETS = ["embeddings", "mlp", "unet", "encoder", "fir", "ncsnpp", "discriminator"]
 PLACE = {name: (layer, column) for layer, names in enumerate(LAYERS) for column, name in enumerate(names)}
 HEAVY = {"matplotlib", "sklearn", "datasets", "diffusers", "huggingface_hub", "tyro", "torchvision",
          "ipywidgets", "sympy", "nbdev"}

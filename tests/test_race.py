@@ -14,27 +14,37 @@ import torch
 
 from fastdiff_edu.checkpoint import checkpoints, load_checkpoint
 from fastdiff_edu.core import BadInput
-from fastdiff_edu.denoiser import Counted
+from fastdiff_edu.denoiser import Clipped, Counted, Prediction
+from fastdiff_edu.entrants import methods
+from fastdiff_edu.guidance import ClassifierFree
 from fastdiff_edu.knowledge import trajectory_end
 from fastdiff_edu.oracle import gaussians_25
-from fastdiff_edu.race import REAL, RaceConfig, chosen, methods, race, table
+from fastdiff_edu.race import REAL, RaceConfig, chosen, race, table
+from fastdiff_edu.sample import ddim_step, sample_last
 from fastdiff_edu.schedule import Schedule
 
 TINY = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from fastdiff_edu import metrics, race as r
+from fastdiff_edu import entrants as e, metrics, race as r
 judge, teacher, gan = metrics.digit_classifier, r.teacher_config, r.digit_gan_config
-chain, knowledge = r.digit_chain_config, r.digit_knowledge_config
+chain, knowledge, noisy = r.digit_chain_config, r.digit_knowledge_config, r.digit_noisy_classifier_config
+one, two = r.digit_guided_config, r.digit_guided_chain_config
+few = dict(save_every=5)
 metrics.digit_classifier = lambda out, seed: judge(out, seed, steps=30)
 r.teacher_config = lambda cfg: replace(teacher(cfg), steps=30, save_every=5)
-r.digit_gan_config = lambda T, seed=0: replace(gan(T, seed), steps=60, batch=32, save_every=5)
+e.digit_gan_config = r.digit_gan_config = lambda T, seed=0: replace(gan(T, seed), **few, steps=60, batch=32)
 r.digit_chain_config = lambda seed: replace(chain(seed), steps=6, late_steps=9, batch=16, save_every=3)
-few = dict(steps=30, batch=16, teacher_steps=2, save_every=5)
-r.digit_knowledge_config = lambda seed: replace(knowledge(seed), **few)
+short = lambda seed: replace(knowledge(seed), **few, steps=30, batch=16, teacher_steps=2)
+e.digit_knowledge_config = r.digit_knowledge_config = short
+push = lambda seed: replace(noisy(seed), **few, steps=30, batch=16)
+e.digit_noisy_classifier_config = r.digit_noisy_classifier_config = push
+r.digit_guided_config = lambda seed: replace(one(seed), **few, steps=20, batch=16)
+last = dict(steps=6, late_steps=9, batch=16, start=16)
+r.digit_guided_chain_config = lambda seed: replace(two(seed), **few, **last)
 r.images_per_method = lambda cfg: 40
-methods = "ddpm-20", "ddpm-10", "ddpm-4", "ddgan-2", "pd-16", "pd-1", "kd-1"
+methods = "ddpm-20", "ddpm-4", "ddgan-2", "pd-16", "pd-1", "kd-1", "cfg-2", "classifier-1", "gd-8", "gd-1"
 r.race(r.RaceConfig(out=Path(sys.argv[1]), methods=methods, seed=int(sys.argv[2])))
 """
 
@@ -68,13 +78,13 @@ def test_writes_what_it_promises(undisturbed):
     there = {p.name for p in out.iterdir()}
     assert {"scoreboard.json", "scoreboard.md", "trilemma.png", "protocol.json"} <= there
     sheets = {p.stem for p in (out/"sheets").iterdir()}
-    names = ["ddpm-20", "ddpm-10", "ddpm-4", "ddgan-2", "pd-16", "pd-1", "kd-1"]
+    names = ["ddpm-20", "ddpm-4", "ddgan-2", "pd-16", "pd-1", "kd-1", "cfg-2", "classifier-1", "gd-8", "gd-1"]
     assert sheets == {*names, "real-digits-held-out"}
     rows = scoreboard(out)
     assert [row["method"] for row in rows] == [REAL, *names]
-    assert [row["evaluations"] for row in rows] == [0, 20, 10, 4, 2, 16, 1, 1]
+    assert [row["evaluations"] for row in rows] == [0, 20, 4, 2, 16, 1, 1, 40, 20, 8, 1]
     assert all(0 <= row[k] <= 1 for row in rows for k in ("coverage", "label_agreement"))
-    for name in ("judge", "teacher", "ddgan-2", "pd", "kd"):
+    for name in ("judge", "teacher", "ddgan-2", "pd", "kd", "noisy-classifier", "gd"):
         assert said.count(f"{name}: training, kept in {out/name}") == 1
     protocol = json.loads((out/"scoreboard.json").read_text())["protocol"]
     assert protocol["images"] == 40 and protocol["ddgan"]["train"]["steps"] == 60
@@ -105,7 +115,7 @@ def test_a_network_is_trained_once(undisturbed, tmp_path):
     shutil.copytree(undisturbed[0], out)
     for file in (out/"rows").iterdir(): file.unlink()
     said = finish(tiny(out))
-    for name in ("ddgan-2", "pd", "kd"):
+    for name in ("ddgan-2", "pd", "kd", "noisy-classifier", "gd"):
         assert said.count(f"{name}: trained before, reused from {out/name}") == 1
     assert scoreboard(out) == scoreboard(undisturbed[0])
 
@@ -123,7 +133,8 @@ def test_killed_at_any_moment_it_ends_the_same(undisturbed, tmp_path, seed):
     assert not [p for p in out.rglob("*.tmp")], "something half-written was left"
 
 
-@pytest.mark.parametrize("trained", ["ddgan-2", "pd/student-4", "kd"])
+@pytest.mark.parametrize("trained", ["ddgan-2", "pd/student-4", "kd", "gd/stage-one",
+                                     "gd/stage-two/student-2"])
 def test_killed_while_a_network_trains_it_ends_the_same(undisturbed, tmp_path, trained):
     out, until = tmp_path/"killed", time.time() + 120
     process = tiny(out)
@@ -149,7 +160,8 @@ def test_methods_are_chosen():
         chosen(RaceConfig(methods=("ddmp-4",)))
     with pytest.raises(BadInput, match="Unknown method 'ddgan4': did you mean 'ddgan-4'"):
         chosen(RaceConfig(methods=("ddgan4",)))
-    own = {"ddgan-4", "ddgan-2", "ddgan-1", "pd-16", "pd-8", "pd-4", "pd-2", "pd-1", "kd-1"}
+    own = {"ddgan-4", "ddgan-2", "ddgan-1", "pd-16", "pd-8", "pd-4", "pd-2", "pd-1", "kd-1",
+           "cfg-0.5", "cfg-1", "cfg-2", "cfg-4", "classifier-1", "gd-8", "gd-4", "gd-2", "gd-1"}
     assert own <= set(chosen(RaceConfig())) and not own & set(chosen(RaceConfig(quick=True)))
 
 
@@ -163,6 +175,33 @@ def test_a_student_takes_the_steps_that_it_was_made_for():
         end = entry.sample(student, points, None, None)
         assert student.nfe == n == methods()[f"pd-{n}"].evaluations
         torch.testing.assert_close(end, trajectory_end(teacher, points, n), rtol=0, atol=0)
+
+
+def test_guided_rows_are_what_they_are_called():
+    schedule, y = Schedule.cosine(), torch.tensor([0, 7, 24])
+    points = torch.randn(3, 2, dtype=torch.float64)
+    race = SimpleNamespace(teacher=gaussians_25().denoiser(schedule))
+    for w in (0.5, 1., 2., 4.):
+        entry = methods()[f"cfg-{w:g}"].prepare(race)
+        counted = Counted(entry.model)
+        end = entry.sample(counted, points, y, None)
+        pair = Clipped(ClassifierFree(race.teacher, w))
+        wanted = sample_last(ddim_step(), pair, points, schedule.grid(20), y=y)
+        torch.testing.assert_close(end, wanted, rtol=0, atol=0)
+        assert counted.nfe == 40 == methods()[f"cfg-{w:g}"].evaluations
+
+
+def test_a_guided_student_is_told_the_weight_of_the_race():
+    asked = []
+    class Student:
+        schedule = Schedule.cosine()
+        def __call__(self, x, t, y, w): asked.append((t, w)); return Prediction(x, x)
+    for n in (8, 4, 2, 1):
+        asked.clear()
+        race = SimpleNamespace(teacher=Student(), guided_students={n: Student()})
+        entry = methods()[f"gd-{n}"].prepare(race)
+        entry.sample(entry.model, torch.zeros(2, 1), torch.zeros(2).long(), None)
+        assert asked == [(t, 1.) for t in Student.schedule.grid(n).tolist()[:-1]]
 
 
 def test_bad_input_leaves_nothing(tmp_path):

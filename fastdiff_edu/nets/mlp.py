@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import require
-from .embeddings import (LabelEmbedding, TimeEmbedding, check_inputs, linear,
-                                            time_features)
+from .embeddings import (GuidanceEmbedding, LabelEmbedding, TimeEmbedding, check_inputs,
+                                            linear, time_features)
 
 # %% ../../nbs/reference/mlp.ipynb #e25ca56f
 @dataclass(frozen=True)
@@ -28,10 +28,13 @@ class MLPConfig:
     waves:int = 4          # sine and cosine of each coordinate at so many frequencies 1, 2, 4, ..; 0: none
     n_labels:int = 0       # labels it can be conditioned on; 0: none
     out:int|None = None    # numbers it predicts for a point; None: `dim`
+    w_waves:int = 0        # sinusoids of the guidance weight it can be conditioned on; 0: none
 
     def __post_init__(self):
         require(min(self.dim, self.width) > 0 and min(self.depth, self.waves, self.n_labels) >= 0,
                 f"{self} is no network: dim and width start at 1, depth, waves and labels at 0.")
+        require(self.w_waves == 0 or self.w_waves >= 4 and self.w_waves % 2 == 0,
+                f"Got {self.w_waves} sinusoids of w: take an even number from 4, or 0 to leave w out.")
 
 # %% ../../nbs/reference/mlp.ipynb #965d7617
 def waves(
@@ -55,7 +58,7 @@ class Block(nn.Module):
 
 # %% ../../nbs/reference/mlp.ipynb #ca0078f3
 class MLP(nn.Module):
-    "A residual network for points: (B, dim), times and labels (B,) to (B, out)."
+    "A residual network for points: (B, dim), and their t, y and w (B,) to (B, out)."
     def __init__(self, config:MLPConfig):
         super().__init__()
         c = self.config = config
@@ -64,10 +67,12 @@ class MLP(nn.Module):
         self.first = linear(c.dim*(1 + 2*c.waves), c.width)
         self.blocks = nn.ModuleList(Block(c.width) for _ in range(c.depth))
         self.norm, self.last = nn.LayerNorm(c.width), linear(c.width, c.out or c.dim, zero=True)
+        self.guidance = GuidanceEmbedding(c.w_waves, c.width) if c.w_waves else None
 
-    def forward(self, x, t, y=None):
-        check_inputs(x, t, y, (self.config.dim,), self.config.n_labels)
+    def forward(self, x, t, y=None, w=None):
+        check_inputs(x, t, y, (self.config.dim,), self.config.n_labels, w, self.guidance is not None)
         emb = self.time(t) if self.label is None else self.time(t) + self.label(y)   # (B, width)
+        if self.guidance is not None: emb = emb + self.guidance(torch.zeros_like(t) if w is None else w)
         emb = F.silu(emb)
         h = self.first(waves(x, self.config.waves))                                  # (B, width)
         for block in self.blocks: h = block(h, emb)

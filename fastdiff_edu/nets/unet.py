@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import require, require_one_of
-from .embeddings import (GuidanceEmbedding, LabelEmbedding, TimeEmbedding, check_inputs,
-                                          initialised, linear)
+from .embeddings import (CaptionEmbedding, GuidanceEmbedding, LabelEmbedding, TimeEmbedding,
+                                          check_inputs, initialised, linear)
 
 # %% ../../nbs/reference/unet.ipynb #bfdcad1b
 class Levels:
@@ -91,6 +91,7 @@ class UNetConfig(Presets, Levels):
     affine:bool = True         # has the second norm weights of its own, where time scales and shifts?
     even_pad:bool = False      # before a halving convolution, zeros on all sides; else right and below (DDPM)
     full_root:bool = False     # each head divides by the root of all channels; else by that of its own
+    n_words:int = 0            # words of captions it can be conditioned on, instead of labels; 0: none
 
     def __post_init__(self):
         self.check_levels()
@@ -102,6 +103,8 @@ def _check_config(c:UNetConfig):
     require(c.heads > 0 and not any(ch % c.heads for ch in attended),
             f"Got {c.heads} heads: take a divisor of {sorted(attended)}, the channels that have attention.")
     require_one_of(c.resample, ("conv", "block"), "resampling")
+    require(min(c.n_labels, c.n_words) == 0,
+            f"Got {c.n_labels} labels and {c.n_words} words: give one of them.")
     require(c.w_waves == 0 or c.w_waves >= 4 and c.w_waves % 2 == 0,
             f"Got {c.w_waves} sinusoids of w: they come in pairs, take 4 or more, or 0 to leave w out.")
 
@@ -251,7 +254,8 @@ class UNet(nn.Module):
         c = self.config = config
         self.shape = (c.in_ch, c.size, c.size)
         self.time = TimeEmbedding(c.width, 4*c.width)
-        self.label = LabelEmbedding(c.n_labels, 4*c.width) if c.n_labels else None
+        named = CaptionEmbedding if c.n_words else LabelEmbedding
+        self.label = named(c.n_words or c.n_labels, 4*c.width) if c.n_words or c.n_labels else None
         self.first = conv3(c.in_ch, c.width)
         self.down, kept = way_down(c)
         self.middle = nn.ModuleList([Stage(kept[-1], kept[-1], c, attn=True), Stage(kept[-1], kept[-1], c)])
@@ -261,10 +265,11 @@ class UNet(nn.Module):
         self.guidance = GuidanceEmbedding(c.w_waves, 4*c.width) if c.w_waves else None
 
     def forward(self, x, t, y=None, w=None):
-        check_inputs(x, t, y, self.shape, self.config.n_labels, w, self.guidance is not None)
+        c, takes_w = self.config, self.guidance is not None
+        check_inputs(x, t, y, self.shape, c.n_labels, w, takes_w, c.n_words)
         emb = self.time(t)                                                           # (B, 4 width)
         if self.label is not None: emb = emb + self.label(y)
-        if self.guidance is not None: emb = emb + self.guidance(torch.zeros_like(t) if w is None else w)
+        if takes_w: emb = emb + self.guidance(torch.zeros_like(t) if w is None else w)
         emb, h = F.silu(emb), self.first(x)
         kept = [h]
         for stage in self.down: h = stage(h, emb); kept.append(h)
