@@ -22,7 +22,7 @@ from .core import BadInput, fold_seed, randn_like, require, require_one_of
 from .denoiser import WEIGHTS, Denoiser, Prediction, draw_times, dropped, errors_of, unpacked, weigh
 from .distill import DistillConfig, progressive_distillation, ready
 from .forward import q_sample, q_step
-from .guidance import cfg_mix, pair
+from .guidance import ClassifierFree, takes_labels
 from .knowledge import Stage, begin, identity, inner, settings_of, student_of, with_net
 from .sample import ddim_step
 from .schedule import Schedule
@@ -37,7 +37,7 @@ def guided_target(
     w:float|Tensor,      # guidance weight, a float or (B,)
 ) -> Prediction:
     "What the guided pair says, Eq. 14.1 (Meng et al. 2023, section 3.1)."
-    return cfg_mix(*pair(teacher, x_t, t, y), w)
+    return ClassifierFree(teacher, w)(x_t, t, y=y)
 
 # %% ../nbs/14_guided_distillation.ipynb #49f35d08
 class GuidedDenoiser(Denoiser):
@@ -75,13 +75,12 @@ def check_range(w_range:tuple) -> tuple[float, float]:
 @patch
 def weights(self:GuidedDenoiser, w:float|Tensor, x:Tensor) -> Tensor:
     "A weight for each row of `x`, (B,); one sentence for a weight that it was not trained for."
-    if not isinstance(w, Tensor): w = torch.as_tensor(w, dtype=x.dtype)
-    require(w.ndim == 0 or w.shape == x.shape[:1],
-            f"Got {tuple(w.shape)} weights for a batch of {len(x)}: give one for each row, or a float.")
-    low, high = self.w_range
-    if w.device.type == "cpu" and len(bad := w[~((low <= w) & (w <= high))]):   # a device is not asked
+    known, (low, high) = torch.as_tensor(w), self.w_range
+    require(known.ndim == 0 or known.shape == x.shape[:1],
+            f"Got {tuple(known.shape)} weights for a batch of {len(x)}: give one for each row, or a float.")
+    if known.device.type == "cpu" and len(bad := known[~((low <= known) & (known <= high))]):   # no device waits
         raise BadInput(f"Got w = {bad[0]:g}: this student was trained for w from {low:g} to {high:g}.")
-    return w.to(x).expand(len(x))
+    return w.to(x).expand(len(x)) if isinstance(w, Tensor) else x.new_full((len(x),), w)
 
 # %% ../nbs/14_guided_distillation.ipynb #6316df61
 def guided_student(
@@ -92,9 +91,12 @@ def guided_student(
     seed:int=0,                # of the new layers' first weights; the last of them begins at 0
 ) -> GuidedDenoiser:
     "A student that takes w, and at first says at every weight what its conditional teacher says, Eq. 14.2."
+    require(not isinstance(inner(teacher), GuidedDenoiser),
+            "The teacher takes the guidance weight already: halve its steps by stage_two.")
     like = student_of(teacher, kind)
-    require(getattr(like.net.config, "n_labels", 0) or getattr(like.net.config, "n_words", 0),
-            "The teacher knows no labels: there is nothing to guide by.")
+    require(hasattr(like.net, "config"), f"A {type(like.net).__name__} cannot be made anew with an ear for w: give "
+                                         "the student to begin with.")
+    require(takes_labels(like), "The teacher knows no labels: there is nothing to guide by.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold_seed(seed, "guidance"))
         net = type(like.net)(replace(like.net.config, w_waves=w_waves))
@@ -184,6 +186,7 @@ def stochastic_step() -> Callable:   # step(model, x, t, u, generator=None) -> x
     "Down twice as far by DDIM, Eq. 14.5, then up by noise, Eq. 14.6 (Meng et al. 2023, section 3.3)."
     down = ddim_step()
     def step(model, x, t, u, generator=None):
+        require(not isinstance(t, Tensor) or t.ndim == 0, "Stochastic steps have one time for all rows: give floats.")
         require(u < t, f"Got a step from {t} up to {u}: stochastic steps go down.")
         k = max(2*u - t, 0.)
         x_k = down(model, x, t, k)

@@ -14,7 +14,7 @@ from fastdiff_edu.guidance import (ClassifierFree, ClassifierGuided, NoisyClassi
                                    class_gradient, guided_ddpm_step, implied_gradient, noisy_class_loss,
                                    number, pair)
 from fastdiff_edu.nets.encoder import Encoder
-from fastdiff_edu.nets.unet import UNet
+from fastdiff_edu.nets.unet import UNet, UNetConfig
 from fastdiff_edu.oracle import GaussianMixture, ring
 from fastdiff_edu.sample import Given, ddim_step, ddpm_step, sample, sample_last
 from fastdiff_edu.schedule import Schedule
@@ -235,7 +235,8 @@ def test_the_whole_walk_repeats():
 
 @pytest.mark.parametrize("w, interval, wanted", [
     (2., (0., 1.), 20), (0., (0., 1.), 10), (2., (0.4, 0.7), 14), (2., (0.45, 0.45), 10),
-    (2., (0.4, 0.4), 11), (2., (1., 1.), 11), (2., (0., 0.05), 10), (torch.zeros(6), (0., 1.), 20)])
+    (2., (0.4, 0.4), 11), (2., (1., 1.), 11), (2., (0., 0.05), 10), (torch.zeros(6), (0., 1.), 10),
+    (torch.tensor([0., 0., 0., 0., 0., 1.]), (0., 1.), 20), (2., (0.2, 0.6), 15)])
 def test_evaluations(w, interval, wanted):
     free = ClassifierFree(ORACLE, w, interval)
     for model in (Counted(free), Counted(Clipped(free)), Counted(Counted(free))):
@@ -379,3 +380,66 @@ def test_an_encoder_is_rebuilt_from_its_config():
     t = torch.rand(6)
     assert again.config == TINY and again(x, t).equal(net(x, t))
     with pytest.raises(BadInput, match="at least 2"): Encoder(type(TINY)(n_labels=1))
+
+
+def awake(config):
+    "A network whose zero layers say something."
+    torch.manual_seed(0)
+    net = UNet(config).eval().requires_grad_(False)
+    for p in net.parameters():
+        if not p.any(): torch.nn.init.normal_(p, std=0.1)
+    return Denoiser(net, SCHEDULE, "v")
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 8])
+def test_no_weight_is_the_conditional_network_to_the_last_bit(B):
+    model, x, y = awake(UNetConfig.digits()), torch.randn(B, 1, 8, 8, generator=seeded(B)), torch.arange(B)
+    for t in (0.4, torch.tensor(0.4), torch.full((B,), 0.4), 1., torch.rand(B, generator=seeded(1))):
+        wanted = model(x, t, y=y)
+        for w in (0., 0, torch.tensor(0.), torch.zeros(B)):
+            for free in (ClassifierFree(model, w), ClassifierFree(model, w, (0.2, 0.3))):
+                said = free(x, t, y=y)
+                assert said.x0.equal(wanted.x0) and said.eps.equal(wanted.eps)
+        pushed = ClassifierGuided(model, lambda x, t, y: -x.square().flatten(1).sum(1), 0.)(x, t, y=y)
+        assert pushed.x0.equal(wanted.x0) and pushed.eps.equal(wanted.eps)
+
+
+def test_an_unconditional_network_is_named_as_one():
+    model, log_prob = awake(replace(UNetConfig.digits(), n_labels=0)), lambda x, t, y: x.flatten(1).sum(1)
+    for wrapped in (model, Clipped(model), Counted(Clipped(model))):
+        with pytest.raises(BadInput, match="is unconditional"): ClassifierFree(wrapped, 1.)
+        with pytest.raises(BadInput, match="Unlabelled"): ClassifierGuided(wrapped, log_prob, 1.)
+        x = torch.randn(2, 1, 8, 8)
+        ClassifierGuided(Unlabelled(wrapped), log_prob, 1.)(x, 0.5, y=torch.zeros(2).long())
+
+
+def test_a_classifier_may_have_its_label_in_it():
+    log_prob, x, y = EXACT, points(), torch.full((6,), 2)
+    fixed = lambda x, t: log_prob(x, t, torch.full((len(x),), 2))
+    for t in (0.3, torch.linspace(0.1, 1, 6, dtype=x.dtype)):
+        given = ClassifierGuided(Unlabelled(ORACLE), log_prob, 2.)(x, t, y=y)
+        inside = ClassifierGuided(ORACLE, fixed, 2.)(x, t)
+        torch.testing.assert_close(inside.eps, given.eps, rtol=0, atol=0)
+    a = guided_ddpm_step(fixed, 2.)(ORACLE, x, 0.6, 0.5, seeded(0))
+    b = guided_ddpm_step(log_prob, 2.)(Given(Unlabelled(ORACLE), y=y), x, 0.6, 0.5, seeded(0))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_both_guesses_of_a_pushed_model_agree_and_match_the_pair():
+    x, log_prob = points().float(), EXACT
+    for t in (1., 0.999, 0.5, 0.01):
+        pushed, free = ClassifierGuided(ORACLE, log_prob, 2.)(x, t, y=Y), ClassifierFree(ORACLE, 2.)(x, t, y=Y)
+        mixed = SCHEDULE.alpha(t) * pushed.x0 + SCHEDULE.sigma(t) * pushed.eps
+        torch.testing.assert_close(mixed, x, rtol=0, atol=1e-5)
+        torch.testing.assert_close(pushed.eps, free.eps, rtol=0, atol=1e-4)
+
+
+def test_more_bad_input():
+    x, log_prob = points(), EXACT
+    with pytest.raises(BadInput, match="needs labels"): pair(ORACLE, x, 0.5, 1)
+    with pytest.raises(BadInput, match="must be the same"):
+        cfg_mix(ORACLE(x, 0.5, y=Y), ORACLE(x[:1], 0.5, y=Y[:1]), 1.)
+    with pytest.raises(BadInput, match="one time for all rows"):
+        guided_ddpm_step(log_prob, 1.)(Given(ORACLE, y=Y), x, torch.full((6,), 0.5), torch.full((6,), 0.4))
+    with pytest.raises(BadInput, match="give t > 0"):
+        implied_gradient(ORACLE(x, 0., y=Y), ORACLE(x, 0.), 0., SCHEDULE)

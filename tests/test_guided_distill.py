@@ -516,3 +516,16 @@ def test_a_student_that_knows_x0_ends_where_noising_would(schedule, t, u):
 def test_stochastic_steps_go_down(t, u):
     with pytest.raises(BadInput, match="stochastic steps go down"):
         stochastic_step()(ORACLE, randn(2, 2), t, u)
+
+
+def test_a_teacher_that_takes_w_is_for_stage_two():
+    student = guided_student(teacher())
+    with pytest.raises(BadInput, match="halve its steps by stage_two"): guided_student(student)
+    with pytest.raises(BadInput, match="halve its steps by stage_two"): stage_one(student, ONE, DATA)
+    class Bare(torch.nn.Module):
+        def __init__(self): super().__init__(); self.last = torch.nn.Linear(1, 1)
+        def forward(self, x, t, y=None): return self.last(x)
+    with pytest.raises(BadInput, match="give the student to begin with"):
+        guided_student(Denoiser(Bare(), COSINE, "v"))
+    with pytest.raises(BadInput, match="one time for all rows"):
+        stochastic_step()(student, torch.zeros(2, 2), torch.full((2,), 0.5), torch.full((2,), 0.4))
