@@ -50,6 +50,7 @@ def agree_mc(
     mean, err = draws.mean().item(), draws.std().item() / len(draws)**0.5
     off = max(abs(mean - float(truth)) - tol, 0.) / max(err, 1e-300)
     found = f"{what + ': ' if what else ''}estimate {mean:.5f} +- {err:.5f}, closed form {float(truth):.5f}"
+    if tol: found += f" (allowed to be off by {tol:.2g})"
     assert off <= sigmas, f"{found}: {off:.1f} standard errors apart, allowed are {sigmas}"
     print(f"{found}: {off:.1f} standard errors apart")
 

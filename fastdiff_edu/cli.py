@@ -213,7 +213,11 @@ def other_words(command:str, recipe:str="") -> dict[str, str]:
 
 def as_written(args:list[str]) -> list[str]:
     "A command that was written in other words, in ours."
-    if "-".join(args[:2]) in COMMANDS: return ["-".join(args[:2]), *args[2:]]   # data prepare, edit inpaint
+    second = {"data": ["prepare"], "edit": ["inpaint", "translate"]}.get(args[0])   # data prepare, edit inpaint
+    if second and args[1:2] not in (["-h"], ["--help"]):
+        require(args[1:], f"Got '{args[0]}' alone: say fastdiff {args[0]} {' or '.join(second)}.")
+        return [f"{args[0]}-{require_one_of(args[1], second, f'word after {args[0]}:')}", *args[2:]]
+    if second: return ["--help"]
     words = other_words(*args[:2])
     return [re.sub("^--[a-z]+(?==|$)", lambda m: words.get(m[0], m[0]), a) for a in args]
 
@@ -225,8 +229,8 @@ def main(
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"] or ["--help"]
-    args = as_written(args) + ["--help"] * (args in (["train"], ["distill"]))
     try:
+        args = as_written(args) + ["--help"] * (args in (["train"], ["distill"]))
         cfg = parse(args)
         with joined(): COMMANDS[args[0]][1](cfg)
         return 0

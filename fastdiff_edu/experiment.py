@@ -19,6 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .captions import NAMES, tokens
 from .checkpoint import plain
 from .core import best_device, fold_seed, require, seeded, writable_folder, write_json
 from .data import Images, to_uint8
@@ -26,12 +27,12 @@ from .ddgan import DDGANConfig, GeneratorModel, train_ddgan
 from .denoiser import Clipped, Denoiser, diffusion_loss
 from .generate import start_noise
 from .knowledge import inner
-from .models import classes, row_shape, schedule_named
+from .models import classes, row_shape, schedule_named, words
 from .nets.discriminator import Discriminator, DiscriminatorConfig
 from .nets.ncsnpp import NCSNpp, NCSNppConfig
 from .nets.unet import UNet, UNetConfig
 from .ranks import alone, everyone, rank, world
-from .rows import Rows, open_data
+from .rows import Rows, Told, open_data
 from .sample import ddim_step, ddpm_step, sample_last
 from .train import TrainConfig, read_log, train
 
@@ -113,6 +114,7 @@ def samples_of(
     device, labels = next(net.parameters()).device, classes(net)
     x = start_noise(row_shape(net), seed, range(n)).to(device)
     if labels: cond |= dict(y=torch.arange(n, device=device) % labels)
+    if words(net): cond |= dict(y=tokens(NAMES)[torch.arange(n) % 10].to(device))
     walk, grid = seeded(seed, "sheet", device=device), model.schedule.grid(steps)
     if x.ndim == 2: return sample_last(step, model, x, grid, walk, **cond).cpu()
     return to_uint8(sample_last(step, Clipped(model), x, grid, walk, **cond)).cpu()
@@ -130,7 +132,8 @@ class Pictures(Recipe):
         "Random images like those that it learns."
         c, g = self.net, seeded(0, "rehearsal")
         x = torch.randint(256, (n, c.in_ch, c.size, c.size), dtype=torch.uint8, generator=g)
-        return Rows(Images(x, torch.zeros(n).long(), self.flip), c.n_labels > 0, {})
+        kind = Told if getattr(c, "n_words", 0) else Rows
+        return kind(Images(x, torch.zeros(n).long(), self.flip), c.n_labels > 0, {})
 
 # %% ../nbs/reference/experiment.ipynb #3beebd97
 TINY = dict(size="tiny", steps=24, batch=8, ema=0.9, log_every=4, save_every=12)

@@ -101,7 +101,8 @@ def students(self:Guided, teacher:Denoiser, student:Denoiser, data, look:Callabl
     if not self.guided:
         yield from super(Guided, self).students(teacher, student, data, look)
         return
-    one, folder = first_settings(self), self.stages[None].folder
+    one = replace(first_settings(self), T=self.opened().loss.get("T"))   # at times that the teacher knows
+    folder = self.stages[None].folder
     yield (stage := stage_one(teacher, one, data, student, folder, lambda record: look(None, record)))
     yield from stage_two(stage.model, self.training, data, out=self.folder, watch=look)
 

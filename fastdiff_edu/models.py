@@ -6,7 +6,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/models.html.md"""
 
 # %% auto #0
 __all__ = ['NETS', 'schedule_named', 'Opened', 'from_training', 'no_chain', 'generates', 'around', 'of_diffusers',
-           'from_diffusers', 'open_model', 'load_model', 'row_shape', 'classes', 'words']
+           'from_diffusers', 'open_model', 'load_model', 'open_classifier', 'row_shape', 'classes', 'words']
 
 # %% ../nbs/reference/models.ipynb #fba89f29
 import ast, re
@@ -20,8 +20,10 @@ from .core import BadInput, require, require_one_of
 from .ddgan import GeneratorModel
 from .denoiser import Denoiser
 from .digit_gan import DigitGenerator
+from .guidance import NoisyClassifier
 from .guided_distill import GuidedDenoiser
 from .hub import STUDENT, WEIGHTS, load_unet, model_folder, scheduler_beside
+from .nets.encoder import Encoder
 from .nets.mlp import MLP, MLPConfig, PointConfig, PointGenerator
 from .nets.ncsnpp import NCSNpp, NCSNppConfig
 from .nets.unet import UNet, UNetConfig
@@ -61,8 +63,8 @@ def from_training(
     ckpt = path if isinstance(path, Checkpoint) else load_checkpoint(no_chain(path))
     known = ckpt.manifest
     net, loss = known.get("net", {}), known.get("loss", {})
-    require(loss.get("says") != "class", f"'{ckpt.path}' tells classes of noisy images apart: it guides a "
-            "model, as guidance.ClassifierGuided takes it, and makes no samples itself.")
+    require(loss.get("says") != "class", f"'{ckpt.path}' tells classes of noisy images apart and makes no "
+            "samples: models.open_classifier opens it, for guidance.ClassifierGuided.")
     require("kind" in loss, f"'{ckpt.path}' does not say what its network predicts: it needs a manifest with "
                             "the loss, as diffusion_loss and train_ddgan write it.")
     build, config = NETS[require_one_of(net["type"], NETS, "network")]
@@ -119,6 +121,13 @@ def open_model(
 def load_model(path:str|Path|Checkpoint, which:str="ema") -> Denoiser|GeneratorModel:
     "The model itself, as `open_model` finds it: in evaluation mode, on the host."
     return open_model(path, which).model
+
+def open_classifier(path:str|Path, which:str="ema") -> NoisyClassifier:
+    "A classifier of noisy images, as a training by `noisy_class_loss` has saved it: for `ClassifierGuided`."
+    ckpt = load_checkpoint(path)
+    known, config = ckpt.manifest, ckpt.manifest.get("net", {}).get("config", {})
+    require(known.get("loss", {}).get("says") == "class", f"'{ckpt.path}' is no classifier of noisy images.")
+    return NoisyClassifier(ckpt.load_into(Encoder(UNetConfig(**config)), which).eval().requires_grad_(False))
 
 # %% ../nbs/reference/models.ipynb #00680c68
 def row_shape(net:torch.nn.Module) -> tuple:

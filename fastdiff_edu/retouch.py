@@ -6,8 +6,8 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/retouch.html.md"""
 
 # %% auto #0
 __all__ = ['Retouch', 'InpaintConfig', 'TranslateConfig', 'read_png', 'read_picture', 'read_mask', 'opened_for', 'asked_for',
-           'said_of', 'conditions', 'walked', 'Edited', 'inpaint', 'translate', 'check_route', 'noised', 'encoded',
-           'check_encoder', 'retouch', 'write_png']
+           'said_of', 'conditions', 'walked', 'Edited', 'inpaint', 'translate', 'check_route', 'noised', 'below',
+           'encoded', 'check_encoder', 'retouch', 'write_png']
 
 # %% ../nbs/reference/retouch.ipynb #ba86738b
 import io
@@ -26,7 +26,7 @@ from .core import (RunFailed, best_device, require, require_one_of, seeded, writ
                                write_bytes, write_json)
 from .data import to_uint8, to_unit
 from .denoiser import Counted
-from .edit import encode, inpaint_step, renoise
+from .edit import encode, inpaint_step, renoise, steps_of
 from .generate import Work, prepared, start_noise
 from .models import Opened, classes, open_model, row_shape
 from .sample import sample
@@ -175,7 +175,7 @@ def translate(cfg:TranslateConfig) -> Edited:
     "Up by one of the two routes, and down again with the other label."
     opened, by_dice = opened_for(cfg), cfg.route == "noise"
     check_route(cfg)
-    n, up = (cfg.n or 8, noised) if by_dice else (1, encoded)
+    n, up = (8 if cfg.n is None else cfg.n, noised) if by_dice else (1, encoded)
     work, x0 = asked_for(cfg, opened, cfg.to_label, n), read_picture(cfg.image, row_shape(opened.model.net))
     x, grid, more = up(cfg, opened, work, x0.expand(n, *x0.shape).to(best_device()))
     facts = work.facts | dict(edit="translate", route=cfg.route, image=fingerprint(cfg.image), **more)
@@ -186,8 +186,6 @@ def translate(cfg:TranslateConfig) -> Edited:
 def check_route(cfg:TranslateConfig):
     "Refuse what is of the other route."
     by_dice = cfg.route == "noise"
-    require(by_dice or cfg.strength in (None, 1.), f"Got a strength of {cfg.strength} for the route encode: "
-            "it walks all the way up, give --route noise for less.")
     require(by_dice or cfg.n in (None, 1), f"Got n = {cfg.n} for the route encode, which has no dice: leave "
             "--n out, or give --route noise.")
     require(not by_dice or cfg.encoder is None, "Got an encoder for the route noise: leave --encoder out.")
@@ -195,12 +193,14 @@ def check_route(cfg:TranslateConfig):
 # %% ../nbs/reference/retouch.ipynb #0bb9baac
 def noised(cfg:TranslateConfig, opened:Opened, work:Work, x0:Tensor) -> tuple[Tensor, Tensor, dict]:
     "Up by dice: where that ends, the times from there down, and what is to be known of it."
-    steps, strength, walk = work.cfg.steps, cfg.strength or 0.5, seeded(cfg.seed, "noised", device=x0.device)
+    strength, walk = 0.5 if cfg.strength is None else cfg.strength, seeded(cfg.seed, "noised", device=x0.device)
     x = renoise(x0, strength, opened.model.schedule, walk)
-    left = strength * steps
-    require("steps" not in opened.loss or left == int(left), f"Got a strength of {strength} for {steps} "
-            f"steps of '{cfg.ckpt}', which was asked at its own times alone: give a multiple of 1/{steps}.")
-    return x, opened.model.schedule.grid(max(1, round(left)), start=strength), dict(strength=strength)
+    return x, below(strength, work.cfg.steps, opened), dict(strength=strength)
+
+def below(strength:float, steps:int, opened:Opened) -> Tensor:
+    "The times from a strength down: of a student its own ones, of others about as many as that is of `steps`."
+    n = steps_of(steps, strength) if "steps" in opened.loss else max(1, round(strength * steps))
+    return opened.model.schedule.grid(n, start=strength)
 
 # %% ../nbs/reference/retouch.ipynb #51928bb9
 def encoded(cfg:TranslateConfig, opened:Opened, work:Work, x0:Tensor) -> tuple[Tensor, Tensor, dict]:
@@ -212,9 +212,12 @@ def encoded(cfg:TranslateConfig, opened:Opened, work:Work, x0:Tensor) -> tuple[T
     if takes_w(up): cond |= dict(w=max(0., up.model.w_range[0]))        # guidance is for the way down
     up.model.net.to(x0.device)
     counts, steps = Counted(up.model), up.loss.get("steps") or cfg.steps or 20
-    x = encode(counts, x0, steps, **cond)
+    strength = 1. if cfg.strength is None else cfg.strength
+    require(0 < strength <= 1, f"Got a strength of {strength}: give more than 0, at most 1.")
+    x = encode(counts, x0, len(below(strength, steps, up)) - 1, strength, **cond)
     known = dict(weights=up.weights, steps=steps, labels=list(labels))
-    return x, work.grid, dict(encoder=known, encoder_evaluations=counts.nfe)
+    more = dict(strength=strength, encoder=known, encoder_evaluations=counts.nfe)
+    return x, below(strength, work.cfg.steps, opened), more
 
 def check_encoder(name:Path, up:Opened, down:Opened):
     "Refuse what cannot walk up, or is of another kind than what walks down."

@@ -181,6 +181,8 @@ def settled_w(cfg:SampleConfig, opened:Opened) -> float|None:
                          "network that takes no w itself.")
     require(w is None or cfg.prompt or not words(opened.model.net),
             "Got w for a network that was trained with captions: give it a --prompt to be guided by.")
+    nobody = classes(opened.model.net) and cfg.labels and set(cfg.labels) == {-1}
+    require(not w or not nobody, "Got w without a class: say by a label which one it should guide to.")
     return w
 
 # %% ../nbs/reference/samplers.ipynb #70b8ee3f
@@ -193,9 +195,10 @@ def check_guidable(name:str|Path, opened:Opened):
             "weight: leave --w out, or distill a guided pair, fastdiff distill CKPT --guided.")
     require(classes(net) or words(net),
             f"'{name}' is unconditional: without classes there is nothing to guide by.")
-    drop = loss.get("drop", "unknown")
-    require(loss.get("drop"), f"'{name}' was never trained without labels (drop = {drop}): only a training "
-                              "with --drop 0.1, for instance, can be guided.")
+    require("drop" in loss, f"'{name}' does not say whether it was trained without labels too: only such a "
+                            "network can be guided.")
+    require(loss["drop"], f"'{name}' was never trained without labels (drop = {loss['drop']}): only a training "
+                          "with --drop 0.1, for instance, can be guided.")
 
 def asked(cfg:SampleConfig, opened:Opened) -> Callable:
     "The model that a settled `cfg` asks for: a guided pair, if there is a weight that it does not take."

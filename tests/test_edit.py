@@ -263,3 +263,17 @@ def test_a_run_with_captions_is_taken_up_bit_for_bit(tmp_path):
     run(4, tmp_path/"stopped")
     again = run(6, tmp_path/"stopped")
     assert all(p.equal(q) for p, q in zip(whole.parameters(), again.parameters()))
+
+
+def test_a_translation_shows_the_new_label():
+    "With the exact model of the ring: a point of one class ends at a mode of the other."
+    mix, y, y_new = ring(), torch.arange(4).repeat(64), (torch.arange(4).repeat(64) + 2) % 4
+    mode = torch.stack([torch.multinomial((mix.labels == k).double(), 1, generator=seeded(0, int(k), i))[0]
+                        for i, k in enumerate(y)])
+    x0 = mix.means[mode] + mix.std[mode, None] * torch.randn(256, 2, dtype=torch.float64, generator=seeded(1))
+    x = translate(mix.denoiser(COSINE), x0, 100, y, y_new)
+    for end, label in ((x, y_new), (x0, y)):
+        read = mix.labels[torch.cdist(end, mix.means).argmin(1)]
+        assert (read == label).double().mean() > 0.85, "as many as the data themselves, nearly"
+    turned = translate(mix.denoiser(COSINE), x0, 100, y, y)
+    assert (turned - x0).abs().max() < 0.3 and (x - x0).norm(dim=1).min() > 0.5
