@@ -213,7 +213,7 @@ def other_words(command:str, recipe:str="") -> dict[str, str]:
 
 def as_written(args:list[str]) -> list[str]:
     "A command that was written in other words, in ours."
-    second = {"data": ["prepare"], "edit": ["inpaint", "translate"]}.get(args[0])   # data prepare, edit inpaint
+    second = {"data": ["prepare"], "edit": ["inpaint", "translate"]}.get(args[0])
     if second and args[1:2] not in (["-h"], ["--help"]):
         require(args[1:], f"Got '{args[0]}' alone: say fastdiff {args[0]} {' or '.join(second)}.")
         return [f"{args[0]}-{require_one_of(args[1], second, f'word after {args[0]}:')}", *args[2:]]

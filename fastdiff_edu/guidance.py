@@ -6,7 +6,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/guidance.html.md"""
 
 # %% auto #0
 __all__ = ['labels_given', 'class_gradient', 'number', 'takes_labels', 'Unlabelled', 'ClassifierGuided', 'guided_ddpm_step',
-           'NoisyClassifier', 'noisy_class_loss', 'cfg_mix', 'implied_gradient', 'pair', 'ClassifierFree']
+           'NoisyClassifier', 'noisy_class_loss', 'cfg_mix', 'implied_gradient', 'pair', 'ClassifierFree', 'idle']
 
 # %% ../nbs/13_guidance.ipynb #c7df0fc6
 import math
@@ -80,7 +80,7 @@ class ClassifierGuided:
         log_prob:Callable,   # as in `class_gradient`
         w:float|Tensor,      # a float or (B,)
     ):
-        require(takes_labels(model), "This model knows no labels: give ClassifierGuided(Unlabelled(model), ..).")
+        require(takes_labels(model), "This model knows no labels: give it as Unlabelled(model).")
         self.model, self.schedule, self.log_prob, self.w = model, model.schedule, log_prob, number(w)
 
     def __call__(self, x:Tensor, t:float|Tensor, y:Tensor|None=None, **cond) -> Prediction:
@@ -98,7 +98,7 @@ def guided_ddpm_step(
     "The ancestral form: the mean moves by w times variance times gradient, Eq. 13.5 (as there, Algorithm 1)."
     number(w)
     def step(model, x, t, u, generator=None):
-        require(not isinstance(t, Tensor) or t.ndim == 0, "A guided step has one time for all rows: give floats.")
+        require(not isinstance(t, Tensor) or t.ndim == 0, "A step has one time for all rows: give floats.")
         mean, var = reverse_normal(model, x, t, u, variance)
         if u == 0: return mean
         grad = class_gradient(log_prob, x, t, getattr(model, "cond", {}).get("y"))
@@ -143,7 +143,7 @@ def cfg_mix(
 
 def implied_gradient(cond:Prediction, uncond:Prediction, t:float|Tensor, schedule:Schedule) -> Tensor:
     "grad log p(y | x_t) of the classifier that is implied by a pair, Eq. 13.7."
-    require(isinstance(t, Tensor) or t > 0, "At t = 0 the guesses of the noise say nothing of a gradient: give t > 0.")
+    require(isinstance(t, Tensor) or t > 0, "At t = 0 no guess of the noise says anything: give t > 0.")
     return (uncond.eps - cond.eps) / bcast(schedule.sigma(t), cond.eps)
 
 def pair(model:Callable, x:Tensor, t:float|Tensor, y:Tensor, **cond) -> tuple[Prediction, Prediction]:
@@ -163,8 +163,8 @@ class ClassifierFree:
         w:float|Tensor,                # guidance weight, a float or (B,)
         interval:tuple=(0., 1.),       # times at which it guides (Kynkaanniemi et al. 2024); all
     ):
-        require(takes_labels(model), "This model is unconditional: it knows no labels, there is nothing to guide "
-                "by; a classifier can guide it, by ClassifierGuided(Unlabelled(model), ..).")
+        require(takes_labels(model), "This model is unconditional, there is nothing to guide by: a classifier "
+                "can guide it, by ClassifierGuided(Unlabelled(model), ..).")
         low, high = interval
         require(0 <= low <= high <= 1, f"Got the interval {interval}: give two times, the earlier one first.")
         self.model, self.schedule, self.w, self.interval = model, model.schedule, number(w), (low, high)
@@ -173,20 +173,23 @@ class ClassifierFree:
     def facts(self) -> dict:   # for manifests
         return dict(w=self.w.tolist() if isinstance(self.w, Tensor) else self.w, interval=self.interval)
 
-    def weight(self, t:float|Tensor) -> float|Tensor:
-        "w inside the interval, rounding of its ends forgiven, 0 outside of it."
-        if not isinstance(self.w, Tensor) and self.w == 0: return 0.
-        low, high = self.interval
-        return self.w * ((low - 1e-6 <= t) & (t <= high + 1e-6))
-
-    def passes(self, t:float|Tensor) -> int: return 2 - self.idle(self.weight(t))
-    @staticmethod
-    def idle(w:float|Tensor) -> bool:
-        "Is every weight 0? A device is not asked."
-        return not torch.as_tensor(w).any() if not isinstance(w, Tensor) or w.device.type == "cpu" else False
+    def passes(self, t:float|Tensor) -> int: return 2 - idle(self.weight(t))
 
     def __call__(self, x:Tensor, t:float|Tensor, y:Tensor|None=None, **cond) -> Prediction:
         labels_given(y)
         w = self.weight(t)
-        if self.idle(w): return self.model(x, t, y=y, **cond)
+        if idle(w): return self.model(x, t, y=y, **cond)
         return cfg_mix(*pair(self.model, x, t, y, **cond), w)
+
+# %% ../nbs/13_guidance.ipynb #dca13b3a
+@patch
+def weight(self:ClassifierFree, t:float|Tensor) -> float|Tensor:
+    "w inside the interval, rounding of its ends forgiven, 0 outside of it."
+    if not isinstance(self.w, Tensor) and self.w == 0: return 0.
+    low, high = self.interval
+    return self.w * ((low - 1e-6 <= t) & (t <= high + 1e-6))
+
+def idle(w:float|Tensor) -> bool:
+    "Is every weight 0? A device is not asked."
+    if isinstance(w, Tensor): return w.device.type == "cpu" and not w.any()
+    return w == 0

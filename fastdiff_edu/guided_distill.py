@@ -78,8 +78,9 @@ def weights(self:GuidedDenoiser, w:float|Tensor, x:Tensor) -> Tensor:
     known, (low, high) = torch.as_tensor(w), self.w_range
     require(known.ndim == 0 or known.shape == x.shape[:1],
             f"Got {tuple(known.shape)} weights for a batch of {len(x)}: give one for each row, or a float.")
-    if known.device.type == "cpu" and len(bad := known[~((low <= known) & (known <= high))]):   # no device waits
-        raise BadInput(f"Got w = {bad[0]:g}: this student was trained for w from {low:g} to {high:g}.")
+    far = known[~((low <= known) & (known <= high))] if known.device.type == "cpu" else ()   # no device waits
+    if len(far):
+        raise BadInput(f"Got w = {far[0]:g}: this student was trained for w from {low:g} to {high:g}.")
     return w.to(x).expand(len(x)) if isinstance(w, Tensor) else x.new_full((len(x),), w)
 
 # %% ../nbs/14_guided_distillation.ipynb #6316df61
@@ -94,8 +95,8 @@ def guided_student(
     require(not isinstance(inner(teacher), GuidedDenoiser),
             "The teacher takes the guidance weight already: halve its steps by stage_two.")
     like = student_of(teacher, kind)
-    require(hasattr(like.net, "config"), f"A {type(like.net).__name__} cannot be made anew with an ear for w: give "
-                                         "the student to begin with.")
+    require(hasattr(like.net, "config"), f"A {type(like.net).__name__} cannot be made anew with an ear for w: "
+                                         "give the student to begin with.")
     require(takes_labels(like), "The teacher knows no labels: there is nothing to guide by.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold_seed(seed, "guidance"))
@@ -186,7 +187,7 @@ def stochastic_step() -> Callable:   # step(model, x, t, u, generator=None) -> x
     "Down twice as far by DDIM, Eq. 14.5, then up by noise, Eq. 14.6 (Meng et al. 2023, section 3.3)."
     down = ddim_step()
     def step(model, x, t, u, generator=None):
-        require(not isinstance(t, Tensor) or t.ndim == 0, "Stochastic steps have one time for all rows: give floats.")
+        require(not isinstance(t, Tensor) or t.ndim == 0, "A step has one time for all rows: give floats.")
         require(u < t, f"Got a step from {t} up to {u}: stochastic steps go down.")
         k = max(2*u - t, 0.)
         x_k = down(model, x, t, k)

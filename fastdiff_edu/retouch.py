@@ -193,12 +193,13 @@ def check_route(cfg:TranslateConfig):
 # %% ../nbs/reference/retouch.ipynb #0bb9baac
 def noised(cfg:TranslateConfig, opened:Opened, work:Work, x0:Tensor) -> tuple[Tensor, Tensor, dict]:
     "Up by dice: where that ends, the times from there down, and what is to be known of it."
-    strength, walk = 0.5 if cfg.strength is None else cfg.strength, seeded(cfg.seed, "noised", device=x0.device)
+    strength = 0.5 if cfg.strength is None else cfg.strength
+    walk = seeded(cfg.seed, "noised", device=x0.device)
     x = renoise(x0, strength, opened.model.schedule, walk)
     return x, below(strength, work.cfg.steps, opened), dict(strength=strength)
 
 def below(strength:float, steps:int, opened:Opened) -> Tensor:
-    "The times from a strength down: of a student its own ones, of others about as many as that is of `steps`."
+    "The times from a strength down: a student's own ones, others have about as many as that is of `steps`."
     n = steps_of(steps, strength) if "steps" in opened.loss else max(1, round(strength * steps))
     return opened.model.schedule.grid(n, start=strength)
 

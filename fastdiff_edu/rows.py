@@ -105,5 +105,5 @@ def open_data(
     require(n == 0 or high < n, f"The labels in '{data}' go from {low} to {high}: the network wants 0 to "
                                 f"{n - 1}, --net.n-labels says how many.")
     if not getattr(net, "n_words", 0): return Rows(images, n > 0, facts | dict(flip=recipe.flip))
-    require(facts["name"] == "digits", f"The captions are about digits, not about '{data}': give --data digits.")
+    require(facts["name"] == "digits", f"Captions are about digits, not about '{data}': give --data digits.")
     return Told(images, True, facts | dict(flip=recipe.flip, captions=len(TRAINING)))

@@ -197,8 +197,8 @@ def check_guidable(name:str|Path, opened:Opened):
             f"'{name}' is unconditional: without classes there is nothing to guide by.")
     require("drop" in loss, f"'{name}' does not say whether it was trained without labels too: only such a "
                             "network can be guided.")
-    require(loss["drop"], f"'{name}' was never trained without labels (drop = {loss['drop']}): only a training "
-                          "with --drop 0.1, for instance, can be guided.")
+    require(loss["drop"], f"'{name}' was never trained without labels (drop = {loss['drop']}): only a "
+                          "training with --drop 0.1, for instance, can be guided.")
 
 def asked(cfg:SampleConfig, opened:Opened) -> Callable:
     "The model that a settled `cfg` asks for: a guided pair, if there is a weight that it does not take."

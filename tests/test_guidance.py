@@ -428,7 +428,8 @@ def test_a_classifier_may_have_its_label_in_it():
 def test_both_guesses_of_a_pushed_model_agree_and_match_the_pair():
     x, log_prob = points().float(), EXACT
     for t in (1., 0.999, 0.5, 0.01):
-        pushed, free = ClassifierGuided(ORACLE, log_prob, 2.)(x, t, y=Y), ClassifierFree(ORACLE, 2.)(x, t, y=Y)
+        pushed = ClassifierGuided(ORACLE, log_prob, 2.)(x, t, y=Y)
+        free = ClassifierFree(ORACLE, 2.)(x, t, y=Y)
         mixed = SCHEDULE.alpha(t) * pushed.x0 + SCHEDULE.sigma(t) * pushed.eps
         torch.testing.assert_close(mixed, x, rtol=0, atol=1e-5)
         torch.testing.assert_close(pushed.eps, free.eps, rtol=0, atol=1e-4)
