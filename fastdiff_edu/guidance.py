@@ -163,8 +163,8 @@ class ClassifierFree:
         w:float|Tensor,                # guidance weight, a float or (B,)
         interval:tuple=(0., 1.),       # times at which it guides (Kynkaanniemi et al. 2024); all
     ):
-        require(takes_labels(model), "This model is unconditional, there is nothing to guide by: a classifier "
-                "can guide it, by ClassifierGuided(Unlabelled(model), ..).")
+        require(takes_labels(model), "This model is unconditional, there is nothing to guide by: a "
+                "classifier can guide it, by ClassifierGuided(Unlabelled(model), ..).")
         low, high = interval
         require(0 <= low <= high <= 1, f"Got the interval {interval}: give two times, the earlier one first.")
         self.model, self.schedule, self.w, self.interval = model, model.schedule, number(w), (low, high)

@@ -95,7 +95,7 @@ def guided_student(
     require(not isinstance(inner(teacher), GuidedDenoiser),
             "The teacher takes the guidance weight already: halve its steps by stage_two.")
     like = student_of(teacher, kind)
-    require(hasattr(like.net, "config"), f"A {type(like.net).__name__} cannot be made anew with an ear for w: "
+    require(hasattr(like.net, "config"), f"A {type(like.net).__name__} cannot be made anew to hear w: "
                                          "give the student to begin with.")
     require(takes_labels(like), "The teacher knows no labels: there is nothing to guide by.")
     with torch.random.fork_rng(devices=[]):
