@@ -6,6 +6,8 @@ import numpy as np, pytest
 from course import NBS, markdown
 
 from fastdiff_edu import cli
+from fastdiff_edu.guided import guided_cifar10
+from fastdiff_edu.nets.unet import UNetConfig
 
 CIFAR10, CELEBAHQ = NBS/"17_cifar10.ipynb", NBS/"18_celebahq.ipynb"
 PIPELINE = "## The pipeline on any machine"
@@ -73,7 +75,9 @@ def test_every_printed_command_is_understood(path, monkeypatch, capsys):
     seen = []
     listen = {name: (config, seen.append) for name, (config, _) in cli.COMMANDS.items()}
     monkeypatch.setattr(cli, "COMMANDS", listen)
-    monkeypatch.setattr(cli, "chain_for", lambda ckpt: cli.Distill(teacher=ckpt))   # no checkpoint is there
+    def chain_for(ckpt, guided=False):   # no checkpoint is there
+        return cli.Distill(teacher=ckpt, guided=guided, net=guided_cifar10() if guided else UNetConfig.pd_cifar10())
+    monkeypatch.setattr(cli, "chain_for", chain_for)
     for words in lines:
         assert words[0] == "fastdiff" or words[:1] + words[3:5] == ["torchrun", "-m", "fastdiff_edu"], words
         args = words[1:] if words[0] == "fastdiff" else words[5:]
