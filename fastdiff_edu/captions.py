@@ -72,10 +72,11 @@ def tokens(captions:str|Sequence[str]) -> Tensor:   # one caption, or B of them
 
 # %% ../nbs/reference/captions.ipynb #2d717f55
 @lru_cache
-def training_table() -> tuple[Tensor, Tensor, Tensor]:
+def training_table(device:torch.device) -> tuple[Tensor, Tensor, Tensor]:
     "All captions of the training, (N, LENGTH); which of them are true of each digit, (10, N); how many."
     true = torch.tensor([[k in meant(s) for s in TRAINING] for k in range(10)])
-    return tokens(TRAINING), true.long().argsort(dim=1, descending=True, stable=True), true.sum(1)
+    found = tokens(TRAINING), true.long().argsort(dim=1, descending=True, stable=True), true.sum(1)
+    return tuple(v.to(device) for v in found)
 
 class Captioned:
     "Digits with a caption for each, drawn anew every time from those that are true of it."
@@ -89,6 +90,6 @@ class Captioned:
     def batch(self, rows:Tensor, generator:torch.Generator|None=None) -> tuple[Tensor, Tensor]:
         "Images as floats in [-1, 1], and their captions, (B, LENGTH)."
         x, y = self.images.batch(rows, generator)
-        words, true, count = (v.to(y.device) for v in training_table())
+        words, true, count = training_table(y.device)
         luck = torch.rand(len(y), generator=generator, device=y.device)
         return x, words[true[y, (luck * count[y]).long()]]

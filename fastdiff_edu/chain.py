@@ -58,6 +58,8 @@ class Progressive(Pictures, DistillConfig):
     def updates(self) -> int: return sum(stage.steps for stage in self.stages.values())
     @property
     def teacher_net(self) -> UNetConfig: return self.net    # the teacher's; guided students hear more than it
+    @property
+    def lesson(self) -> Callable: return halving_loss       # what each student learns; `upward` has another
     def networks(self) -> tuple[nn.Module]: return (UNet(self.net),)
 
 # %% ../nbs/reference/chain.ipynb #14d9cbee
@@ -116,6 +118,7 @@ def opened(self:Progressive) -> Opened:
     net, own = found.model.net, found.loss.get("steps")
     require(not generates(found.loss), f"'{name}' holds a generator, whose x0 is a draw: there is no one "
                                        "trajectory that a student could learn.")
+    require(not found.loss.get("encodes"), f"'{name}' encodes, from data up to noise: take its own teacher.")
     require(isinstance(net, UNet), f"'{name}' holds a {type(net).__name__}: chains are for U-Nets here, in "
             "Python distill.progressive_distillation takes any model.")
     require(own is None or own % self.start == 0, f"'{name}' is a student of {own} steps, asked at no other "
@@ -175,7 +178,7 @@ def learn(self:Progressive, nets:tuple[Denoiser, Denoiser], data, watch:Callable
 @patch
 def students(self:Progressive, teacher:Denoiser, student:Denoiser, data, look:Callable) -> Iterator[Stage]:
     "All of them, one after the other."
-    return progressive_distillation(teacher, self.training, data, student, self.folder, look)
+    return progressive_distillation(teacher, self.training, data, student, self.folder, look, self.lesson)
 
 @patch
 def unlearned(self:Progressive, net:UNet) -> Denoiser:
@@ -187,7 +190,7 @@ def records(self:Progressive, nets:tuple, data, cfg:TrainConfig, out:Path|None=N
     "A stage whose teacher knows nothing yet, for a rehearsal: what a step costs does not depend on that."
     (net,) = nets
     teacher = at_rest(self.unlearned(net))
-    loss = halving_loss(teacher, self.end, teacher.kind, self.weight, self.drop, between=self.between)
+    loss = self.lesson(teacher, self.end, teacher.kind, self.weight, self.drop, between=self.between)
     return train(loss, net, data, settings_of(cfg), out)
 
 # %% ../nbs/reference/chain.ipynb #c3c809b3
@@ -211,7 +214,7 @@ def finish(self:Progressive, record:Record, data, draw:Callable):
     "Draw all stages, and write down who taught whom; once."
     links, file = self.links(), self.folder/"chain.json"
     if written(file) == links: return
-    self.pictures(draw)
+    self.pictures(data, draw)
     write_json(file, links)
 
 @patch
@@ -226,7 +229,7 @@ def teacher_rows(self:Progressive, steps:int) -> Tensor:
 
 # %% ../nbs/reference/chain.ipynb #a7501480
 @patch
-def pictures(self:Progressive, draw:Callable):
+def pictures(self:Progressive, data, draw:Callable):
     "All stages from the same noise, and some of them side by side."
     title, first = f"{self.name}: steps, from the same noise", f"teacher, {self.start}"
     shown = {first: self.teacher_rows(self.start)}

@@ -167,10 +167,11 @@ def parse_chain(args:list[str]) -> Distill:
     asks = args[0] in ("-h", "--help")
     require(asks or not args[0].startswith("-"),
             "The checkpoint comes first, then the flags: fastdiff distill CKPT --from 1024 --to 4.")
-    guided, args = "--guided" in args, [a for a in args if a != "--guided" or asks]
+    kinds = {k: f"--{k}" in args for k in ("guided", "up")}    # they change what the flags begin with
+    guided, args = kinds["guided"], [a for a in args if a not in ("--guided", "--up") or asks]
     alone = [a for a in args if a.startswith(("--first-", "--w-m"))]
     require(guided or asks or not alone, f"'{(alone or [''])[0]}' is of stage one: give --guided as well.")
-    chain = Distill() if asks else chain_for(args[0], guided)
+    chain = Distill() if asks else chain_for(args[0], **kinds)
     return tyro.cli(Distill, prog="fastdiff distill CKPT", args=args if asks else args[1:], config=LOOK,
                     default=chain.tiny() if is_tiny(args) else chain)
 
@@ -181,7 +182,7 @@ def one_sentence(
 ) -> str:
     "The first statement in tyro's box, with the nearest command or flag."
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)                          # without colours
-    lines = [line.strip("│╭╮╰╯─- ") for line in plain.splitlines()][1:]   # without the frame and its title
+    lines = [line.strip("│╭╮╰╯─ ") for line in plain.splitlines()][1:]   # without the frame and its title
     first = " ".join(takewhile(bool, dropwhile(lambda line: not line, lines))).removesuffix(".")
     command = args[0] if args[0] in COMMANDS else None
     if own := re.match(r"Error parsing \w[\w.-]*: (.*)", first):   # our own sentence, said by a dataclass

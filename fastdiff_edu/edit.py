@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .core import bcast, randn_like, require, require_one_of, same_shape
+from .core import randn_like, require, require_one_of, same_shape
 from .denoiser import KINDS, WEIGHTS, Denoiser, dropped, errors_of, from_eps, unpacked, weigh
-from .distill import draw_halves, draw_own, own_facts, two_steps
+from .distill import draw_halves, draw_own, in_order, levels, own_facts, two_steps
 from .forward import q_sample, q_step
 from .knowledge import identity
 from .sample import ddim_step, sample_last
@@ -56,12 +56,8 @@ def encoding_target(
 ) -> Tensor:                           # eps~, (B, *D)
     "The eps whose ONE DDIM step up from x_t lands on x_u, Eq. 15.5."
     same_shape(x_t, x_u, "two ends of a step")
-    rises = torch.as_tensor(t < u)                      # on a device it passes unread
-    require(rises.device.type != "cpu" or bool(rises.all()),
-            "Asked to encode by a step that does not rise: give t < u, in every row.")
-    at = lambda c: bcast(c.to(x_t) if isinstance(c, Tensor) else c, x_t)
-    alpha_t, sigma_t = at(schedule.alpha(t)), at(schedule.sigma(t))
-    alpha_u, sigma_u = at(schedule.alpha(u)), at(schedule.sigma(u))
+    in_order(t, u, "Asked to encode by a step that does not rise: give t < u, in every row.")
+    alpha_t, sigma_t, alpha_u, sigma_u = levels(schedule, t, u, x_t)
     return (alpha_t * x_u - alpha_u * x_t) / (alpha_t * sigma_u - alpha_u * sigma_t)
 
 # %% ../nbs/15_editing.ipynb #d08c1d65

@@ -138,9 +138,9 @@ def teacher_rows(self:Guided, steps:int) -> Tensor:
     return self.samples(ClassifierFree(model, self.sheet_w) if self.guided else model, 8, steps)
 
 @patch
-def pictures(self:Guided, draw:Callable):
+def pictures(self:Guided, data, draw:Callable):
     "Also the last student at several weights."
-    super(Guided, self).pictures(draw)
+    super(Guided, self).pictures(data, draw)
     model = self.trained(self.end)
     if not hasattr(model, "w_range"): return
     weights = torch.linspace(*model.w_range, 5).tolist()

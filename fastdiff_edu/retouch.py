@@ -73,8 +73,8 @@ class TranslateConfig(Retouch):
     Two routes. "encode" walks up to noise without any dice, told the one class, and down again, told the
     other: one result. "noise" adds noise up to the time --strength and comes down from there: a variant for
     each draw; the more strength, the less is left of the picture. A distilled student was never asked
-    upwards: give it an --encoder, a many-step checkpoint or a student that encodes. Writes what edit inpaint
-    writes.
+    upwards: give it an --encoder, a many-step checkpoint or a student that encodes (fastdiff distill --up).
+    Writes what edit inpaint writes.
     """
     from_label:int|None = None    # the class of the picture; none given: none is said
     to_label:int|None = None      # the class of the result; none given: none is said
@@ -224,7 +224,7 @@ def check_encoder(name:Path, up:Opened, down:Opened):
     "Refuse what cannot walk up, or is of another kind than what walks down."
     knows = "steps" not in up.loss or up.loss.get("encodes")       # a generator has steps, too
     require(knows, f"'{name}' learned few big steps down and none up: give --encoder a checkpoint of many "
-                   "steps, or a student that encodes.")
+                   "steps, or a student that encodes (fastdiff distill --up).")
     for what, one, other in (("images", *(row_shape(o.model.net) for o in (up, down))),
                              ("the schedule", *(str(o.model.schedule) for o in (up, down)))):
         require(one == other, f"The encoder '{name}' has {what} {one}, not {other}: it is another model's.")

@@ -14,7 +14,7 @@ from fastdiff_edu.cli import main
 from fastdiff_edu.core import BadInput, seeded
 from fastdiff_edu.data import digits, to_uint8
 from fastdiff_edu.denoiser import Clipped, Denoiser, diffusion_loss
-from fastdiff_edu.distill import DistillConfig, progressive_distillation
+from fastdiff_edu.distill import progressive_distillation
 from fastdiff_edu.edit import encoding_loss
 from fastdiff_edu.generate import SampleConfig, generate, start_noise
 from fastdiff_edu.guidance import ClassifierFree, ClassifierGuided, Unlabelled, noisy_class_loss
@@ -61,6 +61,10 @@ def done(command:list[str]) -> str:
 def state(folder) -> torch.Tensor:
     found = [load_checkpoint(folder).tensors(which) for which in ("net", "ema", "optimizer")]
     return torch.cat([tensors[k].flatten() for tensors in found for k in sorted(tensors)])
+
+
+def state_of(model) -> torch.Tensor:
+    return torch.nn.utils.parameters_to_vector(model.net.parameters()).detach()
 
 
 def log(folder) -> list[dict]:
@@ -231,22 +235,33 @@ def test_a_mask_says_what_is_filled():
     assert (one != x.numpy()).reshape(2, 8, 8)[:, white > 0].any()
 
 
-def test_a_student_that_encodes_walks_up():
-    "Its manifest says so: it encodes for a student of the same teacher, and makes no samples."
+def test_students_that_encode_walk_up(capsys):
+    "By commands: each encodes for a student of the same teacher, makes no samples, and learned the lesson."
     teacher()
-    net, data = load_model("teacher"), (torch.rand(32, 1, 8, 8) * 2 - 1, torch.arange(32) % 10)
-    cfg = DistillConfig(steps=4, late_steps=4, start=4, end=2, batch=8, bar=False)
-    for out, lesson in (("up", dict(lesson=encoding_loss)), ("down", {})):
-        for _ in progressive_distillation(net, cfg, data, out=out, **lesson): pass
+    few = ("--from", "4", "--to", "2", "--batch", "8", "--steps", "4", "--late-steps", "4", "--no-bar")
+    plain = ("--sheet-every", "0", "--compare", "--out", "down")
+    assert main(["distill", "teacher", *few, *plain]) == main(["distill", "teacher", *few, "--up"]) == 0
+    up = Path("runs/encode-teacher")
+    names = {"student-2", "recipe.json", "chain.json", "encoded.png", "loss.png"}
+    assert {p.name for p in up.iterdir()} == names
     picture()
     translate = ("edit", "translate", "down/student-2", "three.png", "--from-label", "3", "--to-label", "8")
-    assert main([*translate, "--encoder", "up/student-2", "--out", "turned"]) == 0
+    assert main([*translate, "--encoder", f"{up}/student-2", "--out", "turned"]) == 0
     assert json.loads(Path("turned/edit.json").read_text())["evaluations"] == 4
-    half = ("--encoder", "up/student-2", "--strength", "0.5", "--out", "half")
+    half = ("--encoder", f"{up}/student-2", "--strength", "0.5", "--out", "half")
     assert main([*translate, *half]) == 0
     said = json.loads(Path("half/edit.json").read_text())
     assert (said["evaluations"], said["strength"]) == (2, 0.5)
-    assert main(["sample", "up/student-2"]) == 2 and main(["export", "up/student-2", "p"]) == 2
+    assert main(["sample", f"{up}/student-2"]) == 2 and main(["export", f"{up}/student-2", "p"]) == 2
+    capsys.readouterr()
+    both = refused(capsys, "distill", "teacher", "--up", "--guided")
+    assert "make no samples: leave --guided, --compare and" in both
+    assert "take its own teacher" in refused(capsys, "distill", f"{up}/student-2")
+    assert "learned few big steps down" in refused(capsys, "distill", "down/student-2", "--up")
+    chain = replace(chain_for("teacher", up=True), start=4, end=2, steps=4, late_steps=4, batch=8, bar=False)
+    data, cfg = chain.rows(), chain.training
+    *_, stage = progressive_distillation(load_model("teacher"), cfg, data, lesson=encoding_loss)
+    assert_close(state_of(stage.model), state_of(load_model(up/"student-2")), rtol=0, atol=0)
 
 
 def test_noise_is_added_up_to_the_strength():

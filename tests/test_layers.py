@@ -14,7 +14,7 @@ LAYERS = [  # within a layer, what stands left may be imported by what stands ri
     ["hybrid", "ddgan", "digit_gan", "knowledge", "distill", "digit_students", "variants"],
     ["guided_distill", "edit", "digit_guided"],
     ["layout", "hub", "models", "samplers", "generate", "retouch", "rows", "experiment", "chain", "guided",
-     "students", "rehearsal", "recipes", "evaluate", "publish"],
+     "upward", "students", "rehearsal", "recipes", "evaluate", "publish"],
     ["entrants", "race", "timing", "bench"],
     ["cli"],
 ]

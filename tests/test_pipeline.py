@@ -75,8 +75,9 @@ def test_every_printed_command_is_understood(path, monkeypatch, capsys):
     seen = []
     listen = {name: (config, seen.append) for name, (config, _) in cli.COMMANDS.items()}
     monkeypatch.setattr(cli, "COMMANDS", listen)
-    def chain_for(ckpt, guided=False):   # no checkpoint is there
-        return cli.Distill(teacher=ckpt, guided=guided, net=guided_cifar10() if guided else UNetConfig.pd_cifar10())
+    def chain_for(ckpt, guided=False, up=False):   # no checkpoint is there
+        net = guided_cifar10() if guided else UNetConfig.pd_cifar10()
+        return cli.Distill(teacher=ckpt, guided=guided, up=up, net=net)
     monkeypatch.setattr(cli, "chain_for", chain_for)
     for words in lines:
         assert words[0] == "fastdiff" or words[:1] + words[3:5] == ["torchrun", "-m", "fastdiff_edu"], words
