@@ -52,7 +52,7 @@ def agree_mc(
     found = f"{what + ': ' if what else ''}estimate {mean:.5f} +- {err:.5f}, closed form {float(truth):.5f}"
     if tol: found += f" (allowed to be off by {tol:.2g})"
     assert off <= sigmas, f"{found}: {off:.1f} standard errors apart, allowed are {sigmas}"
-    print(f"{found}: {off:.1f} standard errors apart")
+    print(f"{found}: {off:.1f} standard errors {'beyond that' if tol else 'apart'}")
 
 # %% ../nbs/reference/check.ipynb #d5a03b91
 def agree_symbolic(
