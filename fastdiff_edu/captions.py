@@ -66,7 +66,10 @@ LENGTH = 8   # places in a row of words
 def tokens(captions:str|Sequence[str]) -> Tensor:   # one caption, or B of them
     "Captions as rows of numbers, (B, LENGTH); -1 where there is no word."
     rows = [words_of(c) for c in ([captions] if isinstance(captions, str) else captions)]
-    require(rows and max(map(len, rows)) <= LENGTH, f"Got a caption of more than {LENGTH} words: say less.")
+    require(rows, "Got no captions: give one at least.")
+    longest = max(rows, key=len)
+    require(len(longest) <= LENGTH, f"Got '{' '.join(longest)}' as a caption, {len(longest)} words: say it "
+                                    f"in {LENGTH}.")
     numbers = [[WORDS.index(word) for word in row] + [-1]*(LENGTH - len(row)) for row in rows]
     return torch.tensor(numbers)
 

@@ -36,17 +36,19 @@ def inpaint_step(
         for k in range(resample):
             if k: x = q_step(x, t, u, randn_like(x, generator), model.schedule)
             x = step(model, x, t, u, generator)
-            x = torch.where(mask, q_sample(known, u, randn_like(x, generator), model.schedule), x)
+            x = torch.where(mask, q_sample(known.to(x), u, randn_like(x, generator), model.schedule), x)
         return x
     return inner
 
 def check_mask(known:Tensor, mask:Tensor, resample:int=1):
     "Refuse a mask that does not fit, with one sentence."
+    require(known.is_floating_point(), f"Got a picture of {known.dtype}: give floats, as the model sees it.")
     require(mask.dtype == torch.bool, f"Got a mask of {mask.dtype}: give bool, True where a pixel is known.")
     fits = mask.ndim <= known.ndim and all(m in (1, k) for m, k in zip(mask.shape[::-1], known.shape[::-1]))
     came, wanted = tuple(mask.shape), tuple(known.shape)
     require(fits, f"Got a mask {came} for pictures {wanted}: give one of their size.")
-    require(resample >= 1, f"Got resample = {resample}: each step is made at least once.")
+    whole = type(resample) is int and resample >= 1
+    require(whole, f"Got resample = {resample}: give how often each step is made, at least once.")
 
 # %% ../nbs/15_editing.ipynb #047de83f
 def encoding_target(
@@ -98,10 +100,9 @@ def decode(model:Callable, x:Tensor, steps:int, start:float=1.0, **cond) -> Tens
 
 def steps_of(n:int, strength:float) -> int:
     "How many of the n steps between noise and data the part below `strength` has."
-    k = round(n * strength)
-    require(0 < strength <= 1 and abs(k - n * strength) < 1e-6,
-            f"Got a strength of {strength} for {n} steps: give a multiple of 1/{n}, at most 1.")
-    return k
+    whole = 0 < strength <= 1 and abs(round(n * strength) - n * strength) < 1e-6
+    require(whole, f"Got a strength of {strength} for {n} steps: give a multiple of 1/{n}, at most 1.")
+    return round(n * strength)
 
 def translate(
     model:Callable,                # a model with labels, which decodes

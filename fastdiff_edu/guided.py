@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .chain import Progressive, on_best_device
+from .checkpoint import checkpoints
 from .core import fold_seed, require
 from .denoiser import Denoiser
 from .guidance import ClassifierFree
@@ -32,6 +33,7 @@ def guided_cifar10() -> UNetConfig:
     "The students' network on CIFAR-10: that of progressive distillation, with classes and the weight."
     return replace(UNetConfig.pd_cifar10(0.), n_labels=10, w_waves=64)
 
+# %% ../nbs/reference/guided.ipynb #223d24c4
 @dataclass(frozen=True)
 class Guided(Progressive):
     "Both stages; the defaults are for CIFAR-10 (Meng et al. 2023)."
@@ -39,7 +41,7 @@ class Guided(Progressive):
     start:int = 1024              # steps of the first teacher; --from says the same (Meng et al. 2023)
     w_min:float = 0.0             # smallest guidance weight (Meng et al. 2023)
     w_max:float = 4.0             # largest one (Meng et al. 2023)
-    sheet_w:float = 1.0           # that of the samples in sheets (ours)
+    sheet_w:float|None = None     # that of the samples in sheets; none given: the nearest to 1 (ours)
     first_steps:int = 100_000     # updates of stage one (ours)
     first_lr:float = 2e-4         # Adam's rate in stage one (ours: as the teacher's)
     first_warmup:int = 1000       # updates in which it grows (ours: as the teacher's)
@@ -56,6 +58,9 @@ class Guided(Progressive):
     @property
     def w_range(self) -> tuple[float, float]: return self.w_min, self.w_max
     @property
+    def shown_w(self) -> float:
+        return min(max(1., self.w_min), self.w_max) if self.sheet_w is None else self.sheet_w
+    @property
     def teacher_net(self) -> UNetConfig: return replace(self.net, w_waves=0) if self.guided else self.net
 
 # %% ../nbs/reference/guided.ipynb #8090e943
@@ -63,7 +68,7 @@ def check_guided(c:Guided):
     "Refuse settings that no guided chain can have."
     lesson = dict(steps=c.first_steps, lr=c.first_lr, warmup=c.first_warmup, ema=c.first_ema)
     GuidedConfig(**lesson, weight=c.first_weight, w_min=c.w_min, w_max=c.w_max)   # refuses by itself
-    require(c.w_min <= c.sheet_w <= c.w_max, f"Got sheet_w = {c.sheet_w}: give a weight that students are "
+    require(c.w_min <= c.shown_w <= c.w_max, f"Got sheet_w = {c.sheet_w}: give a weight that students are "
             f"trained for, from {c.w_min:g} to {c.w_max:g}.")
     require(c.net.w_waves or not c.guided, "Got students without an ear for the guidance weight: give "
             "--net.w-waves, such as 64.")
@@ -121,6 +126,16 @@ def check_pair(name:str, found:Opened):
     check_guidable(name, found)
 
 @patch
+def check_folder(self:Guided):
+    "Also one whose students have learned from a stage one of another length."
+    super(Guided, self).check_folder()
+    found = checkpoints(self.folder/"stage-one")
+    if not self.guided or not found or not any(self.folder.glob("student-*")): return
+    done = int(found[-1].name.removeprefix("step_"))
+    require(done == self.first_steps, f"'{self.folder}' holds students of a stage one of {done} updates, not "
+                                      f"of {self.first_steps}: give another --out.")
+
+@patch
 def check_teacher(self:Guided, found:Opened):
     "It has to make a guided pair, where there is a stage one."
     if self.guided: check_pair(self.teacher, found)
@@ -128,14 +143,14 @@ def check_teacher(self:Guided, found:Opened):
 @patch
 def told(self:Guided, model:Callable) -> dict:
     "The weight of the sheets, where a model takes one."
-    return dict(w=self.sheet_w) if hasattr(inner(model), "w_range") else {}
+    return dict(w=self.shown_w) if hasattr(inner(model), "w_range") else {}
 
 # %% ../nbs/reference/guided.ipynb #ad71bb61
 @patch
 def teacher_rows(self:Guided, steps:int) -> Tensor:
     "Eight samples of the pair."
     model = on_best_device(self.opened().model)
-    return self.samples(ClassifierFree(model, self.sheet_w) if self.guided else model, 8, steps)
+    return self.samples(ClassifierFree(model, self.shown_w) if self.guided else model, 8, steps)
 
 @patch
 def pictures(self:Guided, data, draw:Callable):

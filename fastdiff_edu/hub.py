@@ -92,7 +92,7 @@ def fetched(name:str, revision:str|None=None) -> Path:
             if any(folder.rglob(file)): break
         return folder
     except ImportError: why = "which needs huggingface_hub: pip install 'fastdiff_edu[hub]'"
-    except Exception as e: why = f"{type(e).__name__}: look at the name and the connection"   # of many kinds
+    except Exception: why = "look at the name and the connection"   # exceptions of many kinds
     raise BadInput(f"'{name}' is no folder here and was not fetched ({why}), or give the folder of a copy.")
 
 def model_folder(path_or_id:str|Path, revision:str|None=None) -> Path:

@@ -95,6 +95,7 @@ def around(net:torch.nn.Module, loss:dict) -> Denoiser|GeneratorModel:
 def of_diffusers(path:str|Path) -> bool:
     "Is this a folder of diffusers, or no path at all but a name on the hub?"
     path, marks = Path(path), ("model_index.json", "config.json")
+    if path.parts[:1] == ("runs",) and not path.exists(): return False     # where our commands write
     if path.exists(): return any((path/mark).is_file() for mark in marks)
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path.as_posix()))
 

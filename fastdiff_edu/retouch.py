@@ -124,15 +124,18 @@ def opened_for(cfg:Retouch) -> Opened: return open_model(cfg.ckpt, "net" if cfg.
 
 def asked_for(cfg:Retouch, opened:Opened, label:int|None, n:int, method:str="usual") -> Work:
     "All that `n` samples of one class would need."
-    labels = said_of(opened, cfg.ckpt, label)
+    labels = said_of(opened, cfg.ckpt, label, "--label" if isinstance(cfg, InpaintConfig) else "--to-label")
     return prepared(SampleConfig(cfg.ckpt, method, cfg.steps, n=n, batch=n, labels=labels, w=cfg.w,
                                  prompt=cfg.prompt, seed=cfg.seed, raw=cfg.raw), opened)
 
-def said_of(opened:Opened, name:Path, label:int|None) -> tuple[int, ...]:
+def said_of(opened:Opened, name:Path, label:int|None, flag:str) -> tuple[int, ...]:
     "A label as `SampleConfig` takes it: -1 where a network with classes is told none, if it learned that."
-    if label is not None or not classes(opened.model.net): return () if label is None else (label,)
-    require(opened.loss.get("drop"), f"'{name}' was never trained without labels: say which class it is.")
-    return (-1,)
+    n, label = classes(opened.model.net), -1 if label is None else label
+    require(n or label == -1, f"Got {flag} {label}, but '{name}' knows no classes: leave {flag} out.")
+    require(-1 <= label < max(n, 1), f"Got {flag} {label}: '{name}' knows 0 to {n - 1}, and -1 for none.")
+    require(not n or label >= 0 or opened.loss.get("drop"), f"'{name}' was never trained without labels: say "
+            f"which class it is, by {flag}.")
+    return (label,) if n else ()
 
 # %% ../nbs/reference/retouch.ipynb #684015c4
 def conditions(work:Work) -> dict:
@@ -188,7 +191,9 @@ def check_route(cfg:TranslateConfig):
     by_dice = cfg.route == "noise"
     require(by_dice or cfg.n in (None, 1), f"Got n = {cfg.n} for the route encode, which has no dice: leave "
             "--n out, or give --route noise.")
-    require(not by_dice or cfg.encoder is None, "Got an encoder for the route noise: leave --encoder out.")
+    for name in ("encoder", "from-label"):
+        given = getattr(cfg, name.replace("-", "_")) is not None
+        require(not by_dice or not given, f"Got --{name} for the route noise: leave it out.")
 
 # %% ../nbs/reference/retouch.ipynb #0bb9baac
 def noised(cfg:TranslateConfig, opened:Opened, work:Work, x0:Tensor) -> tuple[Tensor, Tensor, dict]:
@@ -208,7 +213,7 @@ def encoded(cfg:TranslateConfig, opened:Opened, work:Work, x0:Tensor) -> tuple[T
     "Up by a model."
     up = open_model(cfg.encoder) if cfg.encoder else opened
     check_encoder(cfg.encoder or cfg.ckpt, up, opened)
-    labels = said_of(up, cfg.encoder or cfg.ckpt, cfg.from_label)
+    labels = said_of(up, cfg.encoder or cfg.ckpt, cfg.from_label, "--from-label")
     cond = dict(y=torch.tensor(labels, device=x0.device)) if labels else {}
     if takes_w(up): cond |= dict(w=max(0., up.model.w_range[0]))        # guidance is for the way down
     up.model.net.to(x0.device)

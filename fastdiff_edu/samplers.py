@@ -6,7 +6,7 @@ Docs: https://fastdiff-edu.github.io/fastdiff_edu/reference/samplers.html.md"""
 
 # %% auto #0
 __all__ = ['ADAPTIVE', 'SPACING', 'LATER', 'methods', 'start_at', 'sampler', 'SampleConfig', 'check_sample', 'row_labels',
-           'row_words', 'row_conditions', 'settled', 'settled_by', 'settled_student', 'takes_w', 'settled_w',
+           'row_words', 'row_conditions', 'settled', 'settled_by', 'settled_student', 'takes_w', 'own_w', 'settled_w',
            'check_guidable', 'asked']
 
 # %% ../nbs/reference/samplers.ipynb #650f77b0
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .captions import WORDS, tokens
+from .captions import WORDS, meant, tokens
 from .core import require, require_one_of
 from .guidance import ClassifierFree
 from .guided_distill import stochastic_step
@@ -79,7 +79,7 @@ class SampleConfig:
     --w guides: a network that was trained without labels too is asked twice in every step, a student once.
     """
     ckpt:Path                     # a training's folder, a checkpoint in it, a diffusers folder, or owner/name
-    method:str = "usual"          # one of the names above; usual: ddim, and for a generator ddpm
+    method:str = "usual"          # as fastdiff sample --help has them; usual: ddim, of a generator ddpm
     steps:int|None = None         # of the grid, dpm-fast: evaluations; none given: 20, or the model's own
     eta:float = 0.0               # ddim's noise: 0 is none, 1 is as much as ddpm has
     spacing:str = "usual"         # uniform, quadratic, log_snr, edm; usual: what suits the method
@@ -121,6 +121,7 @@ def row_words(cfg:SampleConfig, net:nn.Module) -> Tensor|None:
     if not cfg.prompt: return None
     require(words(net) == len(WORDS), f"Got a prompt for a network that knows {words(net)} words, not the "
             f"{len(WORDS)} of captions.WORDS: leave --prompt out.")
+    require(meant(cfg.prompt), f"Got the prompt '{cfg.prompt}', which is true of no digit: say less.")
     return tokens(cfg.prompt).expand(cfg.n, -1)
 
 def row_conditions(cfg:SampleConfig, net:nn.Module) -> Tensor|None:
@@ -132,6 +133,8 @@ def row_conditions(cfg:SampleConfig, net:nn.Module) -> Tensor|None:
 def settled(cfg:SampleConfig, opened:Opened) -> SampleConfig:
     "`cfg`, with the method, the number of steps and the weight that it leaves to the model."
     cfg = replace(cfg, w=settled_w(cfg, opened))
+    require(-1 not in cfg.labels or opened.loss.get("drop") != 0, f"'{cfg.ckpt}' was never trained without "
+            "labels (drop = 0): say which class it is, by a number from 0.")
     if generates(opened.loss): return settled_by(opened.loss["steps"], cfg)
     if "steps" in opened.loss: return settled_student(opened.loss, cfg)
     learned = cfg.method == "ddpm" and opened.model.learned_var
@@ -157,30 +160,37 @@ def settled_student(loss:dict, cfg:SampleConfig) -> SampleConfig:
                                      "takes it as its --encoder.")
     right = method in ("ddim", "stochastic") and cfg.spacing in ("usual", "uniform") and cfg.eta == 0
     require(right, f"Got '{cfg.method}' with eta = {cfg.eta} and spacing '{cfg.spacing}' for a distilled "
-            "student: it learned where DDIM's even steps land, leave --method, --eta and --spacing out.")
+            "student: it learned where DDIM's even steps land, and takes only these.")
     halfway = method == "stochastic"
     require(not halfway or loss.get("between"), f"Got 'stochastic' for a student of {n} steps that was not "
             "asked halfway: leave --method out, or distill one with --between.")
     most = n * (1 + halfway)
     require(most % (cfg.steps or most) == 0,
-            f"Got {cfg.steps} steps for a student of {most}: it was asked at the times of its own grid "
-            f"alone, leave --steps out, or give a divisor of {most}.")
+            f"Got {cfg.steps} steps for a student that takes {most} by {method}: it was asked at its own "
+            f"times alone, leave --steps out, or give a divisor of {most}.")
     return replace(cfg, method=method, steps=cfg.steps or most)
 
 # %% ../nbs/reference/samplers.ipynb #f1f23d7d
 def takes_w(opened:Opened) -> bool: return "w_range" in opened.loss
 
+def own_w(opened:Opened) -> float:
+    "The weight of a student that is given none: none, or the only one that it knows."
+    low, high = opened.loss["w_range"]
+    require(low == high or low <= 0 <= high, f"The student takes a guidance weight from {low:g} to "
+                                             f"{high:g}: give it one, by --w.")
+    return low if low == high else 0.
+
 def settled_w(cfg:SampleConfig, opened:Opened) -> float|None:
     "The guidance weight that is asked for, once the model can have it; None: there is no guidance."
-    w = 0. if cfg.w is None and takes_w(opened) else cfg.w
+    require(cfg.w is None or cfg.prompt or not words(opened.model.net),
+            "Got w for a network that was trained with captions: give it a --prompt to be guided by.")
+    w = own_w(opened) if cfg.w is None and takes_w(opened) else cfg.w
     own = (0., 1.) == cfg.interval
     if takes_w(opened): opened.model.weights(w, torch.zeros(1))      # refuses what is out of its range
     elif w is not None: check_guidable(cfg.ckpt, opened)
     pair = w is not None and not takes_w(opened)
     require(own or pair, f"Got the interval {cfg.interval}: only a guided pair has one, give --w and a "
                          "network that takes no w itself.")
-    require(w is None or cfg.prompt or not words(opened.model.net),
-            "Got w for a network that was trained with captions: give it a --prompt to be guided by.")
     nobody = classes(opened.model.net) and cfg.labels and set(cfg.labels) == {-1}
     require(not w or not nobody, "Got w without a class: say by a label which one it should guide to.")
     return w

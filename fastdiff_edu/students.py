@@ -265,7 +265,5 @@ LARGE = dict(raw=False, compare=(), first_lr=5e-5, first_warmup=0, first_ema=0.9
 def settings(like:Progressive) -> dict: return {f.name: getattr(like, f.name) for f in fields(Progressive)}
 
 def weights_of(found:Opened) -> dict:
-    "The range of a teacher that takes a weight; for sheets the one in it that is nearest to 1."
-    if not takes_w(found): return {}
-    low, high = found.loss["w_range"]
-    return dict(w_min=low, w_max=high, sheet_w=min(max(1., low), high))
+    "The range of a teacher that takes a weight."
+    return dict(zip(("w_min", "w_max"), found.loss["w_range"])) if takes_w(found) else {}

@@ -82,6 +82,18 @@ def test_wrong_masks_are_one_sentence(mask, words):
     with pytest.raises(BadInput, match=words): inpaint_step(ddim_step(), torch.zeros(2, 1, 8, 8), mask)
 
 
+def test_pictures_are_floats_as_the_model_sees_them():
+    levels, mask = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8), torch.ones(1, dtype=torch.bool)
+    with pytest.raises(BadInput, match="give floats"): inpaint_step(ddim_step(), levels, mask)
+    for resample in (0, 1.5, True):
+        with pytest.raises(BadInput, match="at least once"):
+            inpaint_step(ddim_step(), levels/255, mask, resample)
+    known, x = torch.rand(2, 1, 8, 8, dtype=torch.float64), torch.randn(2, 1, 8, 8)
+    step, model = inpaint_step(ddim_step(), known, mask, 2), Says(torch.tensor(0.))
+    end = sample_last(step, model, x, COSINE.grid(3), seeded(0))
+    assert end.dtype == torch.float32 and end.equal(known.float())
+
+
 # --- up and down
 
 @pytest.mark.parametrize("schedule", [COSINE, Schedule.linear(), Schedule.vp(), Schedule.cosine_iddpm()])
@@ -112,7 +124,7 @@ def test_decode_undoes_encode_in_the_limit():
 
 def test_strength_is_a_part_of_the_grid():
     assert [steps_of(4, s) for s in (0.25, 0.5, 1., 1)] == [1, 2, 4, 4] and steps_of(10, 0.3) == 3
-    for s in (0.3, 0., -0.25, 1.25):
+    for s in (0.3, 0., -0.25, 1.25, torch.nan):
         with pytest.raises(BadInput, match="multiple of 1/4"): steps_of(4, s)
     model, x, y = Says(torch.tensor(0.)), torch.rand(2, 1), torch.zeros(2).long()
     model.asked.clear()
@@ -185,7 +197,7 @@ def test_words_are_understood_or_refused():
     assert tokens("an odd number").shape == (1, LENGTH)
     assert tokens(["seven", "an odd number"])[0, 1:].eq(-1).all()
     wrong = {"a handwritten sevn": "did you mean 'seven'", "a zebra": "Unknown word 'zebra'",
-             "": "give words", "a " * 9: "more than 8"}
+             "": "give words", "a " * 9: "9 words: say it in 8"}
     for caption, words in wrong.items():
         with pytest.raises(BadInput, match=words): tokens(caption)
     with pytest.raises(BadInput): tokens([])

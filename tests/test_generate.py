@@ -138,9 +138,10 @@ def test_what_samples_depend_on(run):
     def x(**kwargs): return generate(SampleConfig(run, steps=3, n=5, **kwargs), bar=False)[0]
     torch.testing.assert_close(x(), x(batch=2))
     torch.testing.assert_close(x(), x(labels=(0, 1, 2, 3, 4)))
-    for other in (dict(seed=1), dict(labels=(7,)), dict(labels=(-1,)), dict(raw=True), dict(eta=1.0),
+    for other in (dict(seed=1), dict(labels=(7,)), dict(raw=True), dict(eta=1.0),
                   dict(spacing="quadratic")):
         assert (x() - x(**other)).abs().max() > 1e-6, other
+    with pytest.raises(BadInput, match="never trained without labels"): x(labels=(-1,))
 
 
 def test_a_run_is_not_taken_up_with_another_loss(tmp_path):

@@ -13,6 +13,7 @@ from fastdiff_edu.digit_guided import digit_noisy_classifier, digit_noisy_classi
 from fastdiff_edu.guidance import (ClassifierFree, ClassifierGuided, NoisyClassifier, Unlabelled, cfg_mix,
                                    class_gradient, guided_ddpm_step, implied_gradient, noisy_class_loss,
                                    number, pair)
+from fastdiff_edu.guided_distill import GuidedDenoiser
 from fastdiff_edu.nets.encoder import Encoder
 from fastdiff_edu.nets.unet import UNet, UNetConfig
 from fastdiff_edu.oracle import GaussianMixture, ring
@@ -167,8 +168,11 @@ def test_a_network_is_silent_where_there_is_no_label():
 
 
 def test_labels_that_are_unknown():
+    with pytest.raises(BadInput, match="knows 0 to 9, and -1 for none"): guide()(images(), 0.5, Y - 2)
+    for y in (Y[:2], Y[:1], Y.float(), Y[:, None]):
+        with pytest.raises(BadInput, match="as labels for a batch of 6"): guide()(images(), 0.5, y)
     for y in (torch.full((6,), 10), torch.tensor([0, 1, 2, 3, 4, 99])):
-        with pytest.raises(BadInput, match="above 9"): guide()(images(), 0.5, y)
+        with pytest.raises(BadInput, match="knows 0 to 9"): guide()(images(), 0.5, y)
         with pytest.raises(BadInput, match="knows 0 to 9"): ClassifierFree(denoiser(), 1.)(images(), 0.5, y)
     plain = GaussianMixture([[0., 0.]], 1.)
     with pytest.raises(BadInput, match="has none"): plain.classifier(SCHEDULE)(points(), 0.5, Y)
@@ -435,8 +439,37 @@ def test_both_guesses_of_a_pushed_model_agree_and_match_the_pair():
         torch.testing.assert_close(pushed.eps, free.eps, rtol=0, atol=1e-4)
 
 
+def test_nothing_is_guided_twice():
+    for model in (ClassifierFree(ORACLE, 1.), Counted(Clipped(ClassifierFree(ORACLE, 1.))),
+                  GuidedDenoiser(network(), SCHEDULE), Clipped(GuidedDenoiser(network(), SCHEDULE))):
+        with pytest.raises(BadInput, match="is guided already"): ClassifierFree(model, 1.)
+    for model in (Unlabelled(ORACLE), Counted(Unlabelled(denoiser()))):
+        with pytest.raises(BadInput, match="is told no label"): ClassifierFree(model, 1.)
+    ClassifierFree(Counted(Clipped(denoiser())), 1.)
+
+
+def test_weights_that_are_no_numbers():
+    for w in (None, "2", [1., 2.]):
+        for guided in (lambda: ClassifierFree(ORACLE, w), lambda: ClassifierGuided(ORACLE, EXACT, w),
+                       lambda: guided_ddpm_step(EXACT, w)):
+            with pytest.raises(BadInput, match="give a number"): guided()
+    for interval in (0.2, (0.2,), (0.5, 0.1), (0., 0.5, 1.), None):
+        with pytest.raises(BadInput, match="give two times"): ClassifierFree(ORACLE, 1., interval)
+
+
+def test_a_weight_of_each_row_is_exact_in_double_precision():
+    x, t, w = points(), torch.rand(6, generator=seeded(1)).double(), torch.full((6,), 0.3)
+    one = ClassifierGuided(ORACLE, EXACT, w.double())(x, t, y=Y)
+    close(ClassifierGuided(ORACLE, EXACT, w)(x, t, y=Y).eps, one.eps, rtol=0, atol=1e-14)
+
+
 def test_more_bad_input():
     x, log_prob = points(), EXACT
+    with pytest.raises(BadInput, match="needs labels"): ClassifierFree(ORACLE, 1.)(x, 0.5, y=torch.tensor(1))
+    with pytest.raises(BadInput, match="Unknown variance 'smal'"): guided_ddpm_step(EXACT, 1., "smal")
+    with pytest.raises(BadInput, match="must be the same"): cfg_mix(x, x[:1], 1.)
+    with pytest.raises(BadInput, match="which a classifier needs"):
+        noisy_class_loss(SCHEDULE)(network(Encoder), images())
     with pytest.raises(BadInput, match="needs labels"): pair(ORACLE, x, 0.5, 1)
     with pytest.raises(BadInput, match="must be the same"):
         cfg_mix(ORACLE(x, 0.5, y=Y), ORACLE(x[:1], 0.5, y=Y[:1]), 1.)

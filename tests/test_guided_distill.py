@@ -349,6 +349,12 @@ def test_a_chain_of_pictures_with_learned_variances():
         assert x.isfinite().all() and stage.model.learned_var
 
 
+def test_no_stage_learns_without_labels():
+    for begin in (lambda: stage_one(teacher(), ONE, DATA[0]), lambda: [*stage_two(hears(), TWO, DATA[0])]):
+        with pytest.raises(BadInput, match="without labels, which guidance needs"): begin()
+    with pytest.raises(BadInput, match="Got T = 0"): replace(ONE, T=0)
+
+
 def test_a_teacher_without_weights_begins_no_stage_two():
     for model in (teacher(), ORACLE, ClassifierFree(teacher(), 2.)):
         with pytest.raises(BadInput, match="takes no guidance weight: begin with stage_one"):

@@ -288,6 +288,9 @@ def test_what_cannot_be_guided_is_refused_in_one_sentence(capsys):
     two, sampled = "chain/student-2", ("sample", "chain/student-2", "--out", "no")
     says = {
         (*sampled, "--w", "5"): "Got w = 5: this student was trained for w from 0 to 4.",
+        ("sample", "runs/missing"): "There is no 'runs/missing'",
+        (*sampled, "--labels", "-1"): "was never trained without labels (drop = 0)",
+        (*sampled, "--guidance-scale", "2"): "give --w, which is 0 where a scale of guidance is 1",
         (*sampled, "--w", "-1"): "Got w = -1: this student was trained for w from 0 to 4.",
         (*sampled, "--w", "1", "--interval", "0", "0.5"): "only a guided pair has one",
         ("sample", "plain/student-2", "--method", "stochastic"): "was not asked halfway",
@@ -342,6 +345,11 @@ def test_what_cannot_be_edited_is_refused_in_one_sentence(capsys):
         ("edit", "inpaint", "teacher", "three.png", *box, "--w", "2"): "Got w without a class",
         (*turn, "--to-label", "3", "--n", "4"): "which has no dice",
         (*turn, "--route", "noise", "--strength", "1.5"): "Got a strength of 1.5",
+        (*turn, "--route", "noise", "--from-label", "3"): "Got --from-label for the route noise",
+        (*turn, "--route", "noise", "--encoder", "always"): "Got --encoder for the route noise",
+        (*turn, "--from", "33"): "Got --from-label 33: 'teacher' knows 0 to 9, and -1 for none.",
+        (*turn, "--to-label", "33"): "Got --to-label 33: 'teacher' knows 0 to 9",
+        ("edit", "inpaint", "always", "three.png", *box, "--label", "-1"): "which class it is, by --label",
         ("edit", "inpiant", "teacher", "three.png"): "did you mean 'inpaint'",
         ("edit",): "say fastdiff edit inpaint or translate",
     }
@@ -371,10 +379,37 @@ def test_words_are_a_prompt(capsys):
         assert said["prompt"] == "an odd number" and said["evaluations"] == passes
     assert "Unknown word 'zebra'" in refused(capsys, "sample", run, "--prompt", "an odd zebra")
     assert "give it a --prompt" in refused(capsys, "sample", run, "--w", "1")
+    assert "true of no digit" in refused(capsys, "sample", run, "--prompt", "an odd even number")
+    assert main(["sample", "runs/guided-digits-captions-tiny/student-1", "--n", "4", "--out", "silent"]) == 0
     picture()
+    said = refused(capsys, "edit", "translate", run, "three.png", "--from-label", "7", "--prompt", "a one")
+    assert "knows no classes: leave --from-label out" in said
     box = ("--box", "4", "0", "4", "8", "--prompt", "a handwritten three", "--out", "filled")
     assert main(["edit", "inpaint", run, "three.png", *box]) == 0
     assert main(["train", "digits-captions", "--size", "tiny", "--dry-run"]) == 0
+
+
+def test_a_finished_chain_is_not_begun_anew(capsys):
+    "Another length of stage one would leave its students with a teacher that is no longer theirs."
+    teacher()
+    command = ("distill", "teacher", *FEW, "--to", "2", "--out", "chain")
+    assert main([*command]) == 0
+    before = state("chain/stage-one")
+    said = refused(capsys, *command, "--first-steps", "20")
+    assert "students of a stage one of 16 updates, not of 20" in said
+    assert main([*command]) == 0 and state("chain/stage-one").equal(before)
+
+
+def test_a_student_of_one_weight_needs_none_given(capsys):
+    teacher()
+    for out, low, high in (("one", "2", "2"), ("far", "2", "3"), ("near", "0", "0.5")):
+        weights = ("--w-min", low, "--w-max", high)
+        assert main(["distill", "teacher", *FEW, "--to", "2", *weights, "--out", out]) == 0
+    assert main(["sample", "one/student-2", "--n", "4", "--out", "drawn"]) == 0
+    assert json.loads(Path("drawn/samples.json").read_bytes())["w"] == 2.
+    assert "from 2 to 3: give it one, by --w" in refused(capsys, "sample", "far/student-2")
+    assert main(["sample", "near/student-2", "--n", "4", "--out", "near-0"]) == 0
+    assert json.loads(Path("near-0/samples.json").read_bytes())["w"] == 0.
 
 
 def test_a_256_pixel_checkpoint_suggests_the_settings_of_its_kind():
