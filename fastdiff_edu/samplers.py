@@ -165,9 +165,10 @@ def settled_student(loss:dict, cfg:SampleConfig) -> SampleConfig:
     require(not halfway or loss.get("between"), f"Got 'stochastic' for a student of {n} steps that was not "
             "asked halfway: leave --method out, or distill one with --between.")
     most = n * (1 + halfway)
+    dice = f", which are {most} by dice"*halfway
     require(most % (cfg.steps or most) == 0,
-            f"Got {cfg.steps} steps for a student that takes {most} by {method}: it was asked at its own "
-            f"times alone, leave --steps out, or give a divisor of {most}.")
+            f"Got {cfg.steps} steps for a student of {n}{dice}: it was asked at the times of its own grid "
+            f"alone, leave --steps out, or give a divisor of {most}.")
     return replace(cfg, method=method, steps=cfg.steps or most)
 
 # %% ../nbs/reference/samplers.ipynb #f1f23d7d

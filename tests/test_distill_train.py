@@ -85,8 +85,8 @@ def test_from_a_base_to_numbers(tmp_path, capsys):
     capsys.readouterr()
     one = str(chain/"student-4")
     for args, words in ((("evaluate", one, "--metrics", "bits", "--out", "refused"), "leave 'bits' out"),
-                        (("sample", one, "--steps", "3", "--out", "refused"), "for a student that takes 4"),
-                        (("sample", one, "--steps", "8", "--out", "refused"), "for a student that takes 4"),
+                        (("sample", one, "--steps", "3", "--out", "refused"), "for a student of 4"),
+                        (("sample", one, "--steps", "8", "--out", "refused"), "for a student of 4"),
                         (("sample", one, "--method", "ddpm", "--out", "refused"), "Got 'ddpm'"),
                         (("sample", one, "--eta", "1", "--out", "refused"), "eta = 1"),
                         (("sample", one, "--spacing", "edm", "--out", "refused"), "spacing 'edm'"),
