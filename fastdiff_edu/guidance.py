@@ -134,7 +134,7 @@ class NoisyClassifier:
         known = y.device.type != "cpu" or bool(((-1 <= y) & (y < log_p.shape[1])).all())
         require(known, "Got a label that this classifier does not know: it knows 0 to "
                        f"{log_p.shape[1] - 1}, and -1 for none.")
-        return torch.where(y < 0, 0., log_p.gather(1, y.clamp(min=0)[:, None])[:, 0])
+        return torch.where(y < 0, 0., log_p.gather(1, y.clamp(min=0).long()[:, None])[:, 0])
 
 def noisy_class_loss(
     schedule:Schedule,
