@@ -18,10 +18,11 @@ from fastcore.basics import patch
 from .chain import on_best_device
 from .core import require, seeded
 from .data import to_uint8
-from .denoiser import Clipped, unpacked
+from .denoiser import Clipped, Denoiser, unpacked
 from .distill import halving_loss
-from .edit import decode, encode, encoding_loss
+from .edit import check_upward, decode, encode, encoding_loss
 from .guided import Guided
+from .knowledge import student_of
 from .models import Opened
 
 # %% ../nbs/reference/upward.ipynb #23bd817e
@@ -36,9 +37,16 @@ class Upward(Guided):
         shows = self.guided or self.compare or self.sheet_every
         require(not self.up or not shows, "Students that encode make no samples: leave --guided, --compare "
                                           "and --sheet-every out.")
+        if self.up: check_upward("v" if self.kind == "usual" else self.kind, self.weight)
 
     @property
     def lesson(self) -> Callable: return encoding_loss if self.up else halving_loss
+
+@patch
+def first_student(self:Upward, teacher:Denoiser) -> Denoiser:
+    "One that encodes says v, if nothing else is asked for: at t = 0 a guess of x0 is no way up."
+    if self.up and self.kind == "usual": return student_of(teacher, "v")
+    return super(Upward, self).first_student(teacher)
 
 @patch
 def check_teacher(self:Upward, found:Opened):
@@ -46,6 +54,8 @@ def check_teacher(self:Upward, found:Opened):
     super(Upward, self).check_teacher(found)
     require(not self.up or "steps" not in found.loss, f"'{self.teacher}' learned few big steps down and "
             "none up: students that encode begin with a checkpoint of many steps.")
+    require(not self.up or found.model.kind != "both", f"'{self.teacher}' says x0 and eps side by side: "
+            "students that encode need a network that says one thing.")
 
 # %% ../nbs/reference/upward.ipynb #b2196d21
 @patch

@@ -166,6 +166,18 @@ def test_students_that_encode_are_taken_up_bit_for_bit(tmp_path):
     assert encoding_loss(teacher, 2).facts["encodes"]
 
 
+@pytest.mark.parametrize("weight", ["simple", "snr_trunc", "snr_plus_1"])
+@pytest.mark.parametrize("kind", ["v", "eps"])
+def test_the_first_step_up_is_learned(kind, weight):
+    "A student of one step is asked at t = 0 alone: a guess of x0, or an error in x0, would teach it nothing."
+    slope, x0 = torch.tensor(0.3, requires_grad=True), two_gaussians().sample(64, seeded(0))
+    loss = encoding_loss(two_gaussians().denoiser(COSINE), 1, kind, weight)
+    loss(lambda x, t: slope * x, x0, seeded(1)).backward()
+    assert slope.grad.abs() > 0.01
+    for bad in ((kind, "x0"), ("x0", weight), ("both", weight)):
+        with pytest.raises(BadInput, match="let it say v or eps"): encoding_loss(None, 1, *bad)
+
+
 def test_the_lesson_asks_teacher_and_student_with_the_same_labels():
     asked = []
     class Teacher(Says):
