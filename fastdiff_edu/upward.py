@@ -42,6 +42,7 @@ class Upward(Guided):
     @property
     def lesson(self) -> Callable: return encoding_loss if self.up else halving_loss
 
+# %% ../nbs/reference/upward.ipynb #4209909e
 @patch
 def first_student(self:Upward, teacher:Denoiser) -> Denoiser:
     "One that encodes says v, if nothing else is asked for: at t = 0 a guess of x0 is no way up."
